@@ -1,0 +1,82 @@
+"""The few types that every layer shares: settings, batches, steps, features, results and errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from mvmr.errors import RunError, UserError
+
+__all__ = ["Batch", "FeaturePass", "Features", "Result", "RunError", "Section", "Step", "UserError"]
+
+
+class Section(BaseModel):
+    """One section of the settings: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a method sees: the views of B images and the fixed representations of their plain versions."""
+
+    index: Tensor
+    """[B] int64, positions in the data set."""
+    views: dict[str, Tensor]
+    """{stream: [V, B, C, H, W]}, normalised; "plain" (V = 1) is the image without augmentation."""
+    representations: dict[str, Tensor] = field(default_factory=dict)
+    """{name: [B, F]}, without gradient."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a run is, counted in optimiser steps; every schedule is a pure function of it."""
+
+    step: int
+    total_steps: int
+    steps_per_epoch: int
+
+    @property
+    def epoch(self) -> int:
+        return self.step // self.steps_per_epoch
+
+    @property
+    def progress(self) -> float:
+        """In [0, 1]: 0 at the first step, 1 at the last."""
+        return min(1.0, self.step / max(1, self.total_steps - 1))
+
+    @property
+    def starts_epoch(self) -> bool:
+        return self.step % self.steps_per_epoch == 0
+
+
+@dataclass(frozen=True)
+class Features:
+    """Frozen features of one split of a data set."""
+
+    x: Tensor
+    """[N, D] float32."""
+    y: Tensor | None = None
+    """[N] int64, or None without labels."""
+    classes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Result:
+    """One evaluation of one encoder on one data set, as written to results/EVALUATION-DATA.json."""
+
+    evaluation: str
+    data: str
+    split: str
+    metrics: dict[str, float]
+    settings: dict[str, Any]
+    encoder: str
+    seconds: float
+
+
+FeaturePass = Callable[[Callable[[Tensor], Tensor]], tuple[Tensor, Tensor]]
+"""pass_over(fn) -> this rank's (index [n], features [n, D]) of fn over the whole un-augmented data set."""
