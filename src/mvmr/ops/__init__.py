@@ -1,0 +1,1 @@
+"""Building blocks without knowledge of methods: collectives, randomness, layers, schedules."""
