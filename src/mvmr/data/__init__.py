@@ -1,0 +1,1 @@
+"""Images: sources, stores, loading and views."""
