@@ -1,0 +1,70 @@
+"""The interface that every self-supervised method implements."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, ClassVar, final
+
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from mvmr.types import Batch, FeaturePass, Section, Step
+
+
+class MethodConfig(Section):
+    """Settings that every method has; each method adds its own."""
+
+    name: str
+    """The method's key in METHODS."""
+
+    def representation_defaults(self) -> dict[str, dict[str, Any]]:
+        """Settings that a preset gives to representations, by name; what the user gives comes on top."""
+        return {}
+
+
+class Method(nn.Module, ABC):
+    """One self-supervised objective; knows no device, rank, optimiser, logger or engine."""
+
+    Config: ClassVar[type[MethodConfig]]
+    summary: ClassVar[str]
+    """One line for lists: the idea and its source."""
+    base_lr: ClassVar[float]
+    """The paper's learning rate for a batch of 256: `optimizer.lr: auto` scales it linearly with the batch."""
+
+    def __init__(self, encoder: nn.Module, dim: int, config: MethodConfig):
+        super().__init__()
+
+    @abstractmethod
+    def exported(self) -> nn.Module:
+        """The network that is evaluated and saved: online net, EMA teacher or student."""
+
+    @abstractmethod
+    def embed(self, batch: Batch) -> dict[str, Tensor]:
+        """The networks' work, image by image: may be run in chunks, so nothing is gathered here."""
+
+    @abstractmethod
+    def objective(self, embeddings: dict[str, Tensor], batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Terms over the whole batch (gathered here): "loss" is minimised, the others are logged by name."""
+
+    @final
+    def loss(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        return self.objective(self.embed(batch), batch, step)
+
+    def before_step(self, step: Step, pass_over: FeaturePass) -> Iterable[Parameter]:
+        """Relabel where due; returns parameters drawn anew, whose optimiser state is dropped."""
+        return ()
+
+    def after_backward(self, step: Step) -> None:
+        """Change gradients before the optimiser sees them (freeze prototypes or a last layer)."""
+
+    def after_step(self, step: Step) -> None:
+        """Follow the optimiser's step (moving averages, normalised prototypes)."""
+
+    def sampling_weights(self) -> Tensor | None:
+        """[N] weights read by the sampler when an epoch starts; None draws every image once."""
+        return None
+
+    def parameter_groups(self) -> list[dict]:
+        """Optimiser groups; by default one with all trainable parameters."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad]}]
