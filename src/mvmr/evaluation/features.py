@@ -1,0 +1,128 @@
+"""Frozen features: extracted without a trace in the encoder, checked before they are evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from mvmr.types import Features, RunError, UserError
+
+if TYPE_CHECKING:
+    from mvmr.data.sources import ImageSource
+    from mvmr.nets.weights import Encoder
+
+
+def extract(
+    encoder: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Features [N, D] float32 on the CPU, in the order of the index, whatever the order of the batches.
+
+    batches: (index [b] int64, images [b, 3, S, S] uint8). Runs in eval mode, without gradient or autocast; parameters,
+    buffers and every submodule's training flag are afterwards as before, but the encoder stays on `device`.
+    Raises UserError when there is no image.
+    """
+    device = torch.device(device)
+    indices, parts = [], []
+    encoder.to(device)
+    with evaluating(encoder), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        for index, images in batches:
+            indices.append(index.cpu())
+            parts.append(encoder(images.to(device, non_blocking=True)).float().cpu())
+    if not parts:
+        raise UserError("there is no image to extract features of; look at the data set's root and split")
+    order = torch.argsort(torch.cat(indices), stable=True)  # [N]
+    return torch.cat(parts)[order]  # [N, D]
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside; outside, the training flag of every submodule is as it was (a frozen part stays frozen)."""
+    flags = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in flags:
+            part.training = training
+
+
+def features_of(
+    encoder: Encoder,
+    source: ImageSource,
+    *,
+    batch_size: int = 512,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Features:
+    """Features of every image of a source, resized to the card's image size; x [N, D] float32 and y on the CPU.
+
+    progress: called with (images done, images) after each batch.
+    """
+    from mvmr.data.loading import plain_batches
+
+    def counted() -> Iterator[tuple[Tensor, Tensor]]:
+        done = 0
+        for index, images in plain_batches(
+            source, batch_size=batch_size, size=encoder.card.image_size, workers=workers
+        ):
+            yield index, images
+            done += len(index)
+            if progress is not None:
+                progress(done, len(source))
+
+    return Features(extract(encoder, counted(), device=device), source.labels, source.classes)
+
+
+def labelled(features: Features, split: str) -> tuple[Tensor, Tensor]:
+    """The x [N, D] and y [N] of features that can be evaluated.
+
+    Raises UserError when labels are missing or do not fit, RunError when a feature is not finite.
+    """
+    x, y = features.x, features.y
+    if y is None:
+        raise UserError(f"the {split} split has no labels, and this evaluation needs them; take a labelled data set")
+    if x.ndim != 2 or len(x) == 0 or y.shape != x.shape[:1]:
+        raise UserError(
+            f"the {split} split has features {list(x.shape)} and labels {list(y.shape)}; "
+            "[N, D] and [N] are needed, with N above 0"
+        )
+    if int(y.min()) < 0:
+        raise UserError(f"the {split} split has images without label (below 0); leave them out")
+    if not bool(torch.isfinite(x).all()):
+        raise RunError(f"the {split} split has features that are not finite: the encoder has diverged")
+    return x, y.to(x.device)
+
+
+def labelled_pair(train: Features, test: Features) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], int]:
+    """(x, y) of both splits on the training features' device, and the number of classes.
+
+    Raises UserError as `labelled` does, and when the two splits' widths or classes differ.
+    """
+    (x, y), (x_test, y_test) = labelled(train, "train"), labelled(test, "test")
+    if x.shape[1] != x_test.shape[1]:
+        raise UserError(
+            f"features have {x.shape[1]} dimensions in train and {x_test.shape[1]} in test; use one encoder"
+        )
+    if train.classes and test.classes and train.classes != test.classes:
+        raise UserError("the train and test splits have different classes; give two splits of one data set")
+    classes = max(int(y.max()) + 1, int(y_test.max()) + 1, len(train.classes))
+    return (x, y), (x_test.to(x), y_test.to(x.device)), classes
+
+
+def accuracies(scores: Tensor, y: Tensor) -> dict[str, float]:
+    """top1 in percent, and top5 where there are more than five classes, of scores [N, C] for labels y [N].
+
+    Exact: of equal scores the lower class is ranked first, on every device.
+    """
+    own = scores.gather(1, y[:, None])  # [N, 1]
+    lower = torch.arange(scores.shape[1], device=scores.device) < y[:, None]  # [N, C]
+    rank = (scores > own).sum(1) + ((scores == own) & lower).sum(1)  # [N]
+    metrics = {"top1": 100.0 * (rank < 1).double().mean().item()}
+    if scores.shape[1] > 5:
+        metrics["top5"] = 100.0 * (rank < 5).double().mean().item()
+    return metrics
