@@ -1,0 +1,51 @@
+"""Checkpoints that a killed run never leaves broken."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lightning import Callback, LightningModule, Trainer
+
+from mvmr.errors import RunError
+
+LAST = "last.ckpt"
+
+
+class Checkpoints(Callback):
+    """Writes checkpoints/last.ckpt at epoch ends and every `every_steps` optimiser steps, beside and then into place."""
+
+    def __init__(self, folder: Path, *, every_steps: int | None, keep_every_epochs: int | None):
+        self.folder = folder
+        self.every_steps, self.keep_every_epochs = every_steps, keep_every_epochs
+        self._saved = 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if self.every_steps and step > self._saved and step % self.every_steps == 0:
+            self._save(trainer, LAST)
+            self._saved = step
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer, LAST)
+        done = trainer.current_epoch + 1
+        if self.keep_every_epochs and done % self.keep_every_epochs == 0:
+            self._save(trainer, f"epoch-{done:04d}.ckpt")
+
+    def _save(self, trainer: Trainer, name: str) -> None:
+        path, beside = self.folder / name, self.folder / f".{name}.part"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            trainer.save_checkpoint(beside)  # all ranks take part, the first one writes
+            if trainer.is_global_zero:
+                with open(beside, "rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(beside, path)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise RunError(
+                f"{path}: cannot be written ({error.strerror or error}). The checkpoint before it is intact: "
+                "make room on the disk, then continue with --resume"
+            ) from None

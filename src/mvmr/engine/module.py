@@ -1,0 +1,118 @@
+"""Method -> LightningModule: the only place where methods and the engine meet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from mvmr.config import Run
+from mvmr.data.sources import ImageSource
+from mvmr.engine.optim import build_optimizer
+from mvmr.engine.passes import feature_pass
+from mvmr.errors import RunError
+from mvmr.methods import Method
+from mvmr.ops.layers import synchronise_batch_norm
+from mvmr.ops.schedules import warmup_cosine
+from mvmr.types import Batch, Step
+
+
+class Adapter(LightningModule):
+    """Calls a method's hooks where the interface says; knows every method as one Method."""
+
+    def __init__(self, method: Method, run: Run, *, steps_per_epoch: int, source: ImageSource):
+        super().__init__()
+        self.method, self.run, self.source = method, run, source
+        self.steps_per_epoch = steps_per_epoch
+        self.total_steps = steps_per_epoch * run.schedule.epochs
+        self.terms: dict[str, Tensor] = {}
+        self._prepared = -1  # the step whose `before_step` has been called, in this process
+
+    def setup(self, stage: str) -> None:
+        # By the time of `setup` the ranks are known, and no optimiser holds the parameters yet.
+        wanted = self.run.engine.sync_batch_norm
+        if wanted is True or (wanted == "auto" and self.trainer.world_size > 1):
+            synchronise_batch_norm(self.method)  # in place
+        if self.run.engine.channels_last:
+            self.method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.run.engine.compile:
+            for child in self.method.children():
+                child.compile()
+
+    def now(self) -> Step:
+        return Step(self.global_step, self.total_steps, self.steps_per_epoch)
+
+    def prepare(self) -> Tensor | None:
+        """Run `before_step` once for the coming step; the sampler calls this when an epoch starts."""
+        step = self.now()
+        if self._prepared != step.step:
+            self._prepared = step.step
+            pass_over = feature_pass(self.source, self.run, rank=self.global_rank, world_size=self.trainer.world_size)
+            redrawn = list(self.method.before_step(step, lambda fn: pass_over(fn, self.device)))
+            if redrawn:
+                self._forget_state_of(redrawn)
+        return self.method.sampling_weights()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        self.prepare()
+        # What a method draws is a function of (seed, step, rank), so that a resumed run draws the same.
+        torch.manual_seed(_mixed(self.run.seed, self.trainer.fit_loop.total_batch_idx, self.global_rank))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        terms = self.method.loss(batch, self.now())
+        self.terms = {name: value.detach() for name, value in terms.items()}
+        if self.device.type == "cpu":  # on a GPU this would wait for the device: the log step looks there
+            self.check_finite()
+        return terms["loss"]
+
+    def check_finite(self) -> None:
+        """Raise RunError when a term of the last batch is not finite."""
+        wrong = [f"{name} is {value.item()}" for name, value in self.terms.items() if not torch.isfinite(value).all()]
+        if wrong:
+            raise RunError(
+                f"step {self.global_step}: {', '.join(wrong)}; training stops. The last checkpoint is intact. "
+                "Lower optimizer.lr, set engine.clip_norm=1, or use engine.precision=32, then train again"
+            )
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.method.after_backward(self.now())
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        # Here and not in `on_train_batch_end`, which fires for every part of an accumulated batch.
+        step = self.now()
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.method.after_step(step)
+
+    def lr_scale_at(self, step: int) -> float:
+        schedule = self.run.schedule
+        return warmup_cosine(
+            step,
+            total_steps=self.total_steps,
+            warmup_steps=round(schedule.warmup_epochs * self.steps_per_epoch),
+            start=schedule.start,
+            final=schedule.final,
+        )
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build_optimizer(self.method.parameter_groups(), self.run.optimizer, self.run.peak_lr)
+        # Stepped by Lightning once an optimiser step, never by loader steps.
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_scale_at)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _forget_state_of(self, parameters: list[nn.Parameter]) -> None:
+        for optimizer in self.trainer.optimizers:
+            for parameter in parameters:
+                optimizer.state.pop(parameter, None)
+
+
+def _mixed(seed: int, step: int, rank: int) -> int:
+    return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % (1 << 63)

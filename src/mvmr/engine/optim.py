@@ -1,0 +1,144 @@
+"""Optimisers: LARS in its two published forms, and one function that builds any of them from the settings."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from mvmr.config import OptimizerConfig
+
+__all__ = ["LARS", "OptimizerConfig", "build_optimizer"]
+
+# The settings that each optimiser reads beside lr, weight_decay and decay_biases_and_norms.
+_READS = {
+    "adam": {"betas", "epsilon"},
+    "adamw": {"betas", "epsilon"},
+    "sgd": {"momentum", "nesterov"},
+    "lars": {"momentum", "trust_coefficient", "lars_momentum"},
+}
+
+
+class LARS(Optimizer):
+    """Layer-wise adaptive rate scaling: You, Gitman, Ginsburg, "Large batch training of convolutional networks", 2017.
+
+    With d = g + weight_decay p and trust = trust_coefficient ||p|| / ||d||, taken as 1 where either norm is 0 and in
+    groups with `adapt: False`, the two published forms of momentum are
+
+        decoupled  v = momentum v + trust d,       p -= lr v     (BYOL, VICReg, Barlow Twins)
+        classic    v = momentum v + lr trust d,    p -= v        (SimCLR)
+
+    They differ only while the rate changes: classic remembers the rate at which each gradient was met.
+    Any float dtype and device; norms are taken in float32 at least. Raises ValueError for settings out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 0.001,
+        flavour: Literal["decoupled", "classic"] = "decoupled",
+    ):
+        for name, value in {"lr": lr, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient}.items():
+            if value < 0:
+                raise ValueError(f"{name} is {value}; it must not be negative")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum is {momentum}; it must be in [0, 1)")
+        if flavour not in ("decoupled", "classic"):
+            raise ValueError(f"flavour is {flavour!r}; it must be 'decoupled' or 'classic'")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+            "flavour": flavour,
+            "adapt": True,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient; returns what the closure returned, if one is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+        return loss
+
+    def _update(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        direction = gradient.add(parameter, alpha=group["weight_decay"]) if group["weight_decay"] else gradient
+        if group["adapt"]:
+            direction = direction * _trust(parameter, direction, group["trust_coefficient"]).to(direction.dtype)
+        inside, outside = (group["lr"], 1.0) if group["flavour"] == "classic" else (1.0, group["lr"])
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        velocity = state["momentum_buffer"].mul_(group["momentum"]).add_(direction, alpha=inside)
+        parameter.sub_(velocity, alpha=outside)
+
+
+def _trust(parameter: Tensor, direction: Tensor, coefficient: float) -> Tensor:
+    # Selected on the device: a Python branch on the norms would wait for the device at every tensor.
+    precise = torch.promote_types(parameter.dtype, torch.float32)
+    weight = torch.linalg.vector_norm(parameter, dtype=precise)  # []
+    update = torch.linalg.vector_norm(direction, dtype=precise)  # []
+    usable = (weight > 0) & (update > 0)
+    return torch.where(usable, coefficient * weight / torch.where(usable, update, 1.0), 1.0)
+
+
+def build_optimizer(groups: Sequence[Mapping[str, Any]], config: OptimizerConfig, lr: float) -> Optimizer:
+    """The optimiser of `config` over a method's parameter groups, at peak rate `lr`.
+
+    Each group is split: matrices and kernels are decayed (and adapted by LARS); biases and norms, which have at most
+    one dimension, are not, unless `decay_biases_and_norms`. Parameters that need no gradient are left out. A group
+    may carry "lr_scale" (multiplies `lr`; 1 if absent), its own "weight_decay", and keys of the method's own, all kept.
+    Warns about settings that differ from their default though the chosen optimiser does not read them.
+    Raises ValueError when no parameter is left to train.
+    """
+    _warn_of_unread(config)
+    parts = [part for group in groups for part in _split(group, config, lr)]
+    if not parts:
+        raise ValueError("no parameter to train: every parameter of the method is frozen")
+    decay = config.weight_decay
+    if config.name == "sgd":
+        return SGD(parts, lr=lr, momentum=config.momentum, weight_decay=decay, nesterov=config.nesterov)
+    if config.name == "lars":
+        trust, flavour = config.trust_coefficient, config.lars_momentum
+        return LARS(parts, lr, momentum=config.momentum, weight_decay=decay, trust_coefficient=trust, flavour=flavour)
+    kind = {"adam": Adam, "adamw": AdamW}[config.name]
+    return kind(parts, lr=lr, betas=config.betas, eps=config.epsilon, weight_decay=decay)
+
+
+def _split(group: Mapping[str, Any], config: OptimizerConfig, lr: float) -> list[dict[str, Any]]:
+    given = group["params"]
+    parameters: list[Tensor] = [given] if isinstance(given, Tensor) else list(given)
+    trained = [p for p in parameters if p.requires_grad]
+    shared = {key: value for key, value in group.items() if key != "params"}
+    shared["lr"] = lr * group.get("lr_scale", 1.0)
+
+    def spared(parameter: Tensor) -> bool:
+        return parameter.ndim <= 1 and not config.decay_biases_and_norms
+
+    decayed = {**shared, "params": [p for p in trained if not spared(p)]}
+    undecayed = {**shared, "params": [p for p in trained if spared(p)], "weight_decay": 0.0}
+    if config.name == "lars":
+        undecayed["adapt"] = False
+    return [part for part in (decayed, undecayed) if part["params"]]
+
+
+def _warn_of_unread(config: OptimizerConfig) -> None:
+    specific = set().union(*_READS.values())
+    for name in sorted(specific - _READS[config.name]):
+        if getattr(config, name) != type(config).model_fields[name].default:
+            warnings.warn(f"optimizer.{name} has no effect with optimizer.name={config.name}", stacklevel=3)

@@ -1,0 +1,113 @@
+"""A run killed with SIGKILL and resumed ends with the same weights, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+from tiny import tiny
+
+from mvmr.methods import METHODS
+
+TIMEOUT = 120
+
+
+def command(config: Path, out: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "mvmr", "train", str(config), "--out", str(out), *more]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def steps_done(out: Path) -> int:
+    file = out / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    steps = [json.loads(line)["step"] for line in lines if line.endswith("}")]
+    return max(steps, default=0)
+
+
+def kill_at(step: int, config: Path, out: Path, *more: str) -> None:
+    """Start a run and kill its whole process group once `step` is logged."""
+    process = subprocess.Popen(
+        command(config, out, *more), env=environment(), start_new_session=True, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + TIMEOUT
+    while steps_done(out) < step:
+        assert process.poll() is None, f"the run ended before step {step}: {process.communicate()[1].decode()}"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def finish(config: Path, out: Path, *more: str) -> None:
+    done = subprocess.run(
+        command(config, out, *more), env=environment(), capture_output=True, text=True, timeout=TIMEOUT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Ninety-six real digits as files of differing sizes, decoded by workers."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, pixels in enumerate(load_digits().images[:96]):
+        side = 16 + i % 5
+        Image.fromarray((pixels * 15.9).astype("uint8")).resize((side, side + i % 3)).save(folder / f"{i:03d}.png")
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_killed_inside_an_epoch(name: str, workers: int, images: Path, tmp_path: Path) -> None:
+    data = {
+        "name": "images", "root": str(images), "batch_size": 16, "workers": workers, "store": "files",
+        "cache": str(tmp_path / "cache"),
+    }  # fmt: skip
+    run = tiny(name, data=data, engine__checkpoint_every_steps=2, schedule__epochs=3)
+    config = tmp_path / "recipe.yaml"
+    config.write_text(yaml.safe_dump(run.resolved()))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(config, whole)
+    kill_at(9, config, killed)  # six steps an epoch: step 9 is inside the second
+    assert not (killed / "encoder.safetensors").exists()
+    finish(config, killed, "--resume")
+    same_end(whole, killed)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_killed_with_a_checkpoint_at_epoch_ends_only(name: str, tmp_path: Path) -> None:
+    run = tiny(name, schedule__epochs=3)
+    config = tmp_path / "recipe.yaml"
+    config.write_text(yaml.safe_dump(run.resolved()))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(config, whole)
+    kill_at(8, config, killed)
+    finish(config, killed, "--resume")
+    same_end(whole, killed)
+
+
+def same_end(whole: Path, killed: Path) -> None:
+    expected, found = load_file(whole / "encoder.safetensors"), load_file(killed / "encoder.safetensors")
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        assert value.equal(found[key]), key
+    losses = [[line["train/loss"] for line in lines_of(out) if "train/loss" in line] for out in (whole, killed)]
+    assert losses[0] == losses[1], "metrics.jsonl tells the same story, without gaps or repeats"
+
+
+def lines_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,74 @@
+"""Settings: defaults < recipe < overrides, presets, and what is written back."""
+
+from __future__ import annotations
+
+import pytest
+from tiny import tiny
+
+from mvmr.api import flat
+from mvmr.config import load, parse, recipe_names
+from mvmr.errors import UserError
+
+
+def test_overrides_of_every_form_agree() -> None:
+    words = load("mvmr_digits", ["schedule.epochs=5", "views.crops.augmented.crop.scale=[0.2,0.9]", "method.power=1"])
+    mapping = load("mvmr_digits", flat({"schedule": {"epochs": 5}, "views.crops.augmented.crop.scale": [0.2, 0.9],
+                                        "method": {"power": 1}}))  # fmt: skip
+    assert words == mapping
+    assert words.schedule.epochs == 5
+    assert words.views.crops["augmented"].crop is not None
+    assert words.views.crops["augmented"].crop.scale == (0.2, 0.9)
+    assert words.resolved()["method"]["power"] == 1
+
+
+def test_numbers_with_exponents_are_numbers() -> None:
+    assert load("mvmr_digits", ["optimizer.lr=1e-4"]).optimizer.lr == 1e-4
+
+
+def test_auto_rate_follows_the_batch() -> None:
+    assert load("mvmr_digits", ["optimizer.lr=auto", "data.batch_size=512"]).peak_lr == pytest.approx(2e-4)
+    assert load("mvmr_digits", ["optimizer.lr=auto", "data.batch_size=256"]).peak_lr == pytest.approx(1e-4)
+
+
+def test_official_preset_sets_loss_and_representations() -> None:
+    run = load("mvmr_digits", ["method.preset=official"])
+    method = run.resolved()["method"]
+    expected = {"l3_sign": "official", "power": 1, "distance_floor": 1e-4, "divisor": 32.0, "variance_epsilon": 0.0,
+                "gather": False, "mse_reduction": "mean", "estimator": "v"}  # fmt: skip
+    assert {key: method[key] for key in expected} == expected
+    assert run.representations["hog"]["variant"] == "official"
+    assert run.representations["augmented_pixels"]["batch_shared"] is True
+    paper = load("mvmr_digits")
+    assert paper.resolved()["method"]["l3_sign"] == "paper"
+    assert paper.representations["hog"]["variant"] == "correct"
+    assert paper.representations["augmented_pixels"]["batch_shared"] is False
+
+
+def test_what_is_given_comes_on_top_of_the_preset() -> None:
+    run = load("mvmr_digits", ["method.preset=official", "method.power=2", "representations.hog.variant=correct"])
+    assert run.resolved()["method"]["power"] == 2
+    assert run.resolved()["method"]["l3_sign"] == "official"
+    assert run.representations["hog"]["variant"] == "correct"
+
+
+def test_resolved_settings_are_complete_and_frozen() -> None:
+    run = tiny()
+    assert run.representations["hog"]["bins"] == 8
+    assert "variant" in run.representations["hog"]
+    assert parse(run.resolved()) == run
+    with pytest.raises(ValueError, match="frozen"):
+        run.seed = 3  # type: ignore[misc]
+
+
+def test_views_are_needed() -> None:
+    with pytest.raises(UserError, match="views"):
+        parse({"method": "mvmr"})
+
+
+def test_method_may_be_a_name_alone() -> None:
+    assert parse({"method": "mvmr", "views": {"recipe": "mvmr", "size": 32}}).method.name == "mvmr"
+
+
+def test_shipped_recipes_are_named_as_their_files() -> None:
+    assert all(load(name).name == name for name in recipe_names())
+    assert {"mvmr_digits", "mvmr_cifar10_cpu", "mvmr_folder"} <= set(recipe_names())
