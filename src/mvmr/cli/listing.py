@@ -1,0 +1,74 @@
+"""mvmr list: what there is."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+
+class Kind(str, Enum):
+    """What can be listed."""
+
+    methods = "methods"
+    data = "data"
+    recipes = "recipes"
+    representations = "representations"
+    views = "views"
+    evaluations = "evaluations"
+
+
+def list_names(
+    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """List methods, data sets, recipes, representations, view recipes or evaluations, a line each."""
+    from mvmr.cli.screen import show_json, show_table
+
+    rows = entries(kind.value)
+    if as_json:
+        show_json({kind.value: rows})
+    else:
+        show_table(kind.value, ["name", "what it is"], [[name, text] for name, text in rows.items()])
+
+
+def entries(kind: str) -> dict[str, str]:
+    """{name: one line}."""
+    if kind == "methods":
+        from mvmr.methods import METHODS
+
+        return {name: method.summary for name, method in METHODS.items()}
+    if kind == "data":
+        from mvmr.data.datasets import DATASETS
+
+        return {name: data.description for name, data in DATASETS.items()}
+    if kind == "representations":
+        from mvmr.representations import REPRESENTATIONS
+
+        return {name: _first_line(representation) for name, representation in REPRESENTATIONS.items()}
+    if kind == "views":
+        from mvmr.data.views import VIEW_RECIPES
+
+        return {name: f"views: {', '.join(views)}" for name, views in VIEW_RECIPES.items()}
+    if kind == "evaluations":
+        from mvmr.evaluation import EVALUATIONS
+
+        return {name: evaluation.description for name, evaluation in EVALUATIONS.items()}
+    return _recipes()
+
+
+def _recipes() -> dict[str, str]:
+    from importlib import resources
+
+    from mvmr.config import recipe_names
+
+    found = {}
+    for name in recipe_names():
+        lines = (resources.files("mvmr.recipes") / f"{name}.yaml").read_text().splitlines()
+        found[name] = lines[0].lstrip("# ").strip()
+    return found
+
+
+def _first_line(thing: object) -> str:
+    return (thing.__doc__ or "").strip().splitlines()[0]

@@ -1,0 +1,48 @@
+"""What commands print: results on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mvmr.types import Result
+
+
+def say(text: str) -> None:
+    """A message to the reader, on standard error."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table)
+
+
+def show_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def show_results(results: Sequence[Result], *, as_json: bool) -> None:
+    """Results as one table, or as one JSON object."""
+    if as_json:
+        show_json({"results": [asdict(result) for result in results]})
+        return
+    names = sorted({name for result in results for name in result.metrics})
+    rows = [
+        [result.encoder, result.evaluation, *(_number(result.metrics.get(name)) for name in names)] for result in results
+    ]
+    data = results[0].data if results else ""
+    show_table(f"{data}, test split", ["encoder", "evaluation", *names], rows)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return str(int(value)) if float(value).is_integer() and value > 100 else f"{value:.2f}"
