@@ -2,9 +2,9 @@
 
     python benchmarks/step.py [RECIPE] [--steps N] [--device cpu|cuda] [--json FILE]
 
-The full step is what training does: images to views and representations, the encoder and projector forward on both views,
-the loss, backward, and the optimiser's update. The bare step is the forward and backward of the same encoder and projector on
-the same two views, made beforehand. The two alternate, so that a change of the machine's speed meets both.
+The full step is what training does: images to views and representations, the encoder and projector forward on both
+views, the loss, backward, and the optimiser's update. The bare step is the forward and backward of the same encoder and
+projector on the same two views, made beforehand. The two alternate, so that a change of the machine's speed meets both.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class EngineConfig(Section):
     """Devices a machine; auto: all GPUs, or one CPU process."""
     nodes: int = Field(1, ge=1)
     """Machines."""
-    precision: Literal["auto", "32", "bf16", "16", "64"] = "auto"
+    precision: Literal["auto", "32", "bf16", "16"] = "auto"
     """auto: bf16 on a GPU that has it, else fp16 on a GPU, else float32."""
     sync_batch_norm: bool | Literal["auto"] = "auto"
     """Batch statistics over all devices; auto: on with more than one, which keeps the one-device gradient."""
@@ -222,7 +222,8 @@ def _read(recipe: str | Path) -> dict[str, Any]:
     else:
         names = recipe_names()
         raise UserError(
-            f"{recipe}: no recipe of that name and no YAML file{_nearest(str(recipe), names)}; recipes: {_listed(names)}"
+            f"{recipe}: no recipe of that name and no YAML file{_nearest(str(recipe), names)}; "
+            f"recipes: {_listed(names)}"
         )
     try:
         settings = yaml.safe_load(text)
@@ -234,6 +235,7 @@ def _read(recipe: str | Path) -> dict[str, Any]:
 
 
 def pairs(overrides: Iterable[str] | Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    """(key, value) of every override; values written as text are read as YAML."""
     if isinstance(overrides, Mapping):
         yield from overrides.items()
         return

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from tiny import tiny
 
 from mvmr.cli import main
+from tiny import tiny
 
 Command = Callable[..., tuple[int, str, str]]
 

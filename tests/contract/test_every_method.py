@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import METHODS as TINY
-from tiny import parts_and_data, tiny, weights
 
 from mvmr.config import load, recipe_names
 from mvmr.engine.optim import build_optimizer
@@ -17,6 +15,8 @@ from mvmr.engine.train import assemble
 from mvmr.methods import METHODS
 from mvmr.ops.schedules import warmup_cosine
 from mvmr.types import Step
+from tiny import METHODS as TINY
+from tiny import parts_and_data, tiny, weights
 
 ROOT = Path(__file__).resolve().parents[2]
 

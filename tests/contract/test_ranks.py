@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from ranks import run_on_ranks
-from tiny import in_float64, parts_and_data, tiny
+import yaml
 
 from mvmr.methods import METHODS
 from mvmr.ops.layers import synchronise_batch_norm
 from mvmr.types import Step
+from ranks import run_on_ranks
+from tiny import in_float64, parts_and_data, tiny
 
 
 def gradients(rank: int, name: str, world_size: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -44,3 +51,24 @@ def test_gradient_on_ranks_is_that_of_one_process(name: str, world_size: int) ->
             assert (found[key] - gradient).abs().max() <= 1e-7 * scale, f"{key}: relative"
         for key, value in whole_buffers.items():
             torch.testing.assert_close(buffers[key], value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_training_on_two_processes_follows_one(name: str, tmp_path: Path) -> None:
+    """The command itself, with Lightning's DDP: same folder, same losses to rounding, one writer."""
+    run = tiny(name, schedule__epochs=1, online__every_epochs=1, online__images=32)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(run.resolved()))
+    losses = {}
+    for devices in (1, 2):
+        out = tmp_path / f"on-{devices}"
+        command = [sys.executable, "-m", "mvmr", "train", str(recipe), f"engine.devices={devices}", "--out", str(out)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        losses[devices] = [line["train/loss"] for line in lines if "train/loss" in line]
+        assert (out / "encoder.safetensors").exists()
+        assert sum("rankme" in line for line in lines) == 1, "one rank measures"
+    assert len(losses[1]) == 6
+    assert losses[2] == pytest.approx(losses[1], rel=1e-3)

@@ -15,9 +15,9 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
-from tiny import tiny
 
 from mvmr.methods import METHODS
+from tiny import tiny
 
 TIMEOUT = 120
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from tiny import tiny
 
 from mvmr.api import flat
 from mvmr.config import load, parse, recipe_names
 from mvmr.errors import UserError
+from tiny import tiny
 
 
 def test_overrides_of_every_form_agree() -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import parts_and_data, tiny, weights
 
 from mvmr.config import load
 from mvmr.engine import train as train_module
@@ -19,6 +18,7 @@ from mvmr.engine.metrics import MetricsFile
 from mvmr.engine.train import assemble, build, train
 from mvmr.errors import RunError, UserError
 from mvmr.methods import MVMR
+from tiny import parts_and_data, tiny, weights
 
 
 def lines_of(out: Path) -> list[dict[str, Any]]:
@@ -73,8 +73,10 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: py
     def full(self: Checkpoints, trainer: Any, name: str) -> None:
         calls.append(name)
         if len(calls) == 2:
+
             def refuse(*_: Any) -> None:
                 raise OSError(errno.ENOSPC, "No space left on device")
+
             monkeypatch.setattr("mvmr.engine.checkpoints.os.fsync", refuse)
         write(self, trainer, name)
 
@@ -89,7 +91,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: py
 def test_a_folder_with_a_run_is_not_written_over(tmp_path: Path) -> None:
     out = train(tiny(schedule__epochs=1), tmp_path / "run", quiet=True)
     before = (out / "encoder.safetensors").read_bytes()
-    with pytest.raises(UserError, match="already holds a run.*--resume"):
+    with pytest.raises(UserError, match=r"already holds a run.*--resume"):
         train(tiny(), out, quiet=True)
     with pytest.raises(UserError, match=r"optimizer\.lr.*start anew"):
         train(tiny(schedule__epochs=1, optimizer__lr=0.5), out, resume=True, quiet=True)
@@ -117,7 +119,7 @@ def test_accumulation_counts_optimiser_steps(tmp_path: Path) -> None:
 
 
 def test_collapse_is_said_once(tmp_path: Path) -> None:
-    """Weight decay strong enough to halve every weight at each step leaves nothing of the encoder, and the run says so."""
+    """Weight decay that halves every weight at each step leaves nothing of the encoder, and the run says so."""
     run = tiny(
         optimizer={"name": "sgd", "lr": 0.1, "weight_decay": 5.0, "decay_biases_and_norms": True},
         online__every_epochs=1, online__images=64, schedule__epochs=4,
@@ -199,9 +201,7 @@ class WithHooks(MVMR):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_hooks_are_called_by_optimiser_step(
-    accumulate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hooks_are_called_by_optimiser_step(accumulate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tiny(engine__accumulate=accumulate, data__limit=96)
     parts, _ = parts_and_data(run)
     old = parts.method
@@ -211,8 +211,11 @@ def test_hooks_are_called_by_optimiser_step(
     trainer, adapter, data = assemble(run, parts, tmp_path, quiet=True)
     seen: list[int] = []
     make = parts.maker.__call__
-    monkeypatch.setattr(type(parts.maker), "__call__", lambda self, loaded, device="cpu": (
-        seen.extend(loaded.index.tolist()), make(loaded, device))[1])
+    monkeypatch.setattr(
+        type(parts.maker),
+        "__call__",
+        lambda self, loaded, device="cpu": (seen.extend(loaded.index.tolist()), make(loaded, device))[1],
+    )
     trainer.fit(adapter, datamodule=data)
     steps = 12 // accumulate
     for kind in ("before", "backward", "after"):

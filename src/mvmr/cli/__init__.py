@@ -31,6 +31,7 @@ app.command("doctor")(doctor)
 def main() -> NoReturn:
     """Run a command; exit with 0 when done, 1 when it failed while working, 2 when the input was wrong."""
     warnings.showwarning = _show_warning
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning\.")  # its use of torch, not ours
     try:
         app()
     except UserError as error:
@@ -43,6 +44,11 @@ def main() -> NoReturn:
 
 
 def _show_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: object = None, line: object = None
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,
+    line: object = None,
 ) -> None:
     print(f"mvmr: warning: {message}", file=sys.stderr)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from mvmr.data.layouts import Split
     from mvmr.nets.weights import Encoder
     from mvmr.types import Features
 
@@ -35,7 +36,10 @@ def demo(
     trained = load_encoder(folder)
     columns = {"random encoder": measure(random_encoder(trained.card, seed=0)), "trained encoder": measure(trained)}
     seconds = time.monotonic() - started
-    following = [f"mvmr evaluate {folder} --on knn,linear_fast --random", "mvmr train mvmr_folder data.root=YOUR_IMAGES"]
+    following = [
+        f"mvmr evaluate {folder} --on knn,linear_fast --random",
+        "mvmr train mvmr_folder data.root=YOUR_IMAGES",
+    ]
     if as_json:
         show_json({"folder": str(folder), "top1": columns, "seconds": round(seconds, 1), "next": following})
         return
@@ -59,7 +63,7 @@ def measure(encoder: Encoder) -> dict[str, float]:
     from mvmr.evaluation.knn import KNNConfig, knn
     from mvmr.evaluation.linear import LinearFastConfig, linear_fast
 
-    def features(split: str) -> Features:
+    def features(split: Split) -> Features:
         return features_of(encoder, open_source(DataConfig(), split, size=encoder.card.image_size))
 
     train, test = features("train"), features("test")

@@ -9,7 +9,9 @@ import typer
 EXTRAS = {"report": "tensorboard", "clip": "open_clip", "detection": "faster_coco_eval", "export": "onnx"}
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False) -> None:
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
     """Show versions, devices, precisions, room and extras, and take one training step."""
     from mvmr.cli.screen import show_json, show_table
 
@@ -48,7 +50,8 @@ def findings() -> dict[str, Any]:
         "cache": f"{cache} ({shutil.disk_usage(cache).free / 1e9:.0f} GB free)",
         "run folders": f"{Path.cwd() / 'runs'} ({shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB free)",
         "extras": ", ".join(
-            f"{extra} {'installed' if importlib.util.find_spec(module) else 'missing'}" for extra, module in EXTRAS.items()
+            f"{extra} {'installed' if importlib.util.find_spec(module) else 'missing'}"
+            for extra, module in EXTRAS.items()
         ),
         "training step": _one_step(),
     }

@@ -19,6 +19,7 @@ def say(text: str) -> None:
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on standard output."""
     table = Table(*columns, title=title, title_justify="left")
     for row in rows:
         table.add_row(*row)
@@ -26,6 +27,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def show_json(value: Any) -> None:
+    """One JSON object on standard output."""
     print(json.dumps(value, indent=2))
 
 
@@ -36,7 +38,8 @@ def show_results(results: Sequence[Result], *, as_json: bool) -> None:
         return
     names = sorted({name for result in results for name in result.metrics})
     rows = [
-        [result.encoder, result.evaluation, *(_number(result.metrics.get(name)) for name in names)] for result in results
+        [result.encoder, result.evaluation, *(_number(result.metrics.get(name)) for name in names)]
+        for result in results
     ]
     data = results[0].data if results else ""
     show_table(f"{data}, test split", ["encoder", "evaluation", *names], rows)

@@ -12,7 +12,7 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe's name (`mvmr list recipes`) or a YAML file.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings changed.", show_default=False)
-    ] = None,  # fmt: skip
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME unless given.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the folder's last checkpoint.")] = False,
 ) -> None:

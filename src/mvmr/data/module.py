@@ -14,6 +14,9 @@ from mvmr.data.loading import Loaded, Loader
 from mvmr.data.sources import ArraySource, ImageSource
 from mvmr.types import Batch
 
+SHARE = 0.25
+"""Of a GPU's free memory, what a data set may take of it: the rest is for the networks."""
+
 
 class TrainingData(LightningDataModule):
     """Resumable, rank-sharded training batches; views and representations are made after the transfer."""
@@ -36,6 +39,7 @@ class TrainingData(LightningDataModule):
 
     def train_dataloader(self) -> Loader:
         assert self.trainer is not None
+        self.source = on_device_if_it_fits(self.source, self.trainer.strategy.root_device)
         self._loader = self.loader(self.trainer.global_rank, self.trainer.world_size)
         if self._resumed is not None:
             self._loader.load_state_dict(self._resumed)
@@ -53,3 +57,11 @@ class TrainingData(LightningDataModule):
 
     def teardown(self, stage: Any) -> None:
         self.weights = None
+
+
+def on_device_if_it_fits(source: ImageSource, device: torch.device) -> ImageSource:
+    """A source held in memory, on the GPU where there is one with room: its batches then need no copy."""
+    if device.type != "cuda" or not isinstance(source, ArraySource) or source.is_mapped:
+        return source
+    free, _ = torch.cuda.mem_get_info(device)
+    return source.to(device) if source.images.nbytes < SHARE * free else source

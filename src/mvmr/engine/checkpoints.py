@@ -13,7 +13,7 @@ LAST = "last.ckpt"
 
 
 class Checkpoints(Callback):
-    """Writes checkpoints/last.ckpt at epoch ends and every `every_steps` optimiser steps, beside and then into place."""
+    """Writes last.ckpt at epoch ends and every `every_steps` optimiser steps, beside and then into place."""
 
     def __init__(self, folder: Path, *, every_steps: int | None, keep_every_epochs: int | None):
         self.folder = folder

@@ -20,7 +20,9 @@ LIBRARIES = ("torch", "torchvision", "lightning", "timm", "numpy", "pillow", "py
 
 def environment() -> dict[str, Any]:
     """Versions, machine, devices, commit and command."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
     return {
         "mvmr": __version__,
         "commit": commit(),
@@ -37,6 +39,7 @@ def environment() -> dict[str, Any]:
 
 
 def version_of(library: str) -> str | None:
+    """Its installed version, or None."""
     try:
         return metadata.version(library)
     except metadata.PackageNotFoundError:
@@ -44,6 +47,7 @@ def version_of(library: str) -> str | None:
 
 
 def processor() -> str:
+    """The processor's name, as far as the system tells it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -66,5 +70,7 @@ def commit() -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True)
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
+    )
     return done.stdout.strip()

@@ -37,7 +37,7 @@ class Adapter(LightningModule):
         if wanted is True or (wanted == "auto" and self.trainer.world_size > 1):
             synchronise_batch_norm(self.method)  # in place
         if self.run.engine.channels_last:
-            self.method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.method.to(memory_format=torch.channels_last)
         if self.run.engine.compile:
             for child in self.method.children():
                 child.compile()

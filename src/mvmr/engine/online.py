@@ -93,13 +93,12 @@ class Online(Callback):
 
     def neighbours(self, adapter: Adapter) -> dict[str, float]:
         assert self.labelled
-        train, test = (
-            Features(self.features(adapter, part), part.labels, part.classes) for part in self.labelled
-        )
+        train, test = (Features(self.features(adapter, part), part.labels, part.classes) for part in self.labelled)
         return knn(train, test, KNNConfig(k=self.config.knn_k, temperature=self.config.knn_temperature))
 
 
 def due(every: int, epoch: int, last: bool) -> bool:
+    """Whether something done every so many epochs, and at the last, is done after this one."""
     return every > 0 and (last or epoch % every == 0)
 
 

@@ -15,7 +15,7 @@ from mvmr.data.sources import ImageSource, subset
 def feature_pass(
     source: ImageSource, run: Run, *, rank: int, world_size: int
 ) -> Callable[[Callable[[Tensor], Tensor], torch.device], tuple[Tensor, Tensor]]:
-    """A function (fn, device) -> (index [n], features [n, D]) over this rank's images: rank, rank + W, rank + 2 W, ..."""
+    """A function (fn, device) -> (index [n], features [n, D]) over this rank's images: rank, rank + W, ..."""
     assert run.data.mean is not None
     assert run.data.std is not None
     mean, std = run.data.mean, run.data.std

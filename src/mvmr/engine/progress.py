@@ -17,7 +17,7 @@ from mvmr.engine.module import Adapter
 
 @contextmanager
 def counting(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress(what, done, total) for work before training (scanning, checking, preparing); total 0: not yet known."""
+    """A progress(what, done, total) for work before training (scanning, checking); total 0: not yet known."""
     console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
     tasks: dict[str, Any] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

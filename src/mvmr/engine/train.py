@@ -54,13 +54,14 @@ class Parts:
 def train(run: Run, out: Path, *, resume: bool = False, quiet: bool = False) -> Path:
     """Train `run` into the folder `out`; returns the folder.
 
-    Raises UserError for settings, data or a folder that do not fit, RunError when the loss is not finite or the disk is full.
+    Raises UserError for settings, data or a folder that do not fit, RunError when the loss is not finite or the disk is
+    full.
     """
     _claim(out, run, resume=resume)
-    with counting(quiet=quiet or rank_zero_only.rank != 0) as progress:
+    with counting(quiet=quiet or not is_first_rank()) as progress:
         parts = build(run, progress=progress)
     trainer, adapter, data = assemble(run, parts, out, quiet=quiet)
-    if rank_zero_only.rank == 0:
+    if is_first_rank():
         _write_start(out, run, parts.source)
     _warn_of_settings_without_effect(run)
     checkpoint = out / "checkpoints" / LAST
@@ -71,6 +72,11 @@ def train(run: Run, out: Path, *, resume: bool = False, quiet: bool = False) -> 
     if trainer.is_global_zero:
         save_encoder(out / ENCODER_FILE, adapter.method.exported(), parts.card)
     return out
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that writes; known before the ranks have met."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def build(run: Run, *, progress: Progress | None = None) -> Parts:
@@ -98,17 +104,13 @@ def assemble(run: Run, parts: Parts, out: Path, *, quiet: bool) -> tuple[Trainer
         parts.source, parts.maker, batch_size=run.data.batch_size, seed=run.seed, workers=run.data.workers
     )
     batches = len(data.loader())
-    adapter = Adapter(
-        parts.method, run, steps_per_epoch=-(-batches // run.engine.accumulate), source=parts.source
-    )
+    adapter = Adapter(parts.method, run, steps_per_epoch=-(-batches // run.engine.accumulate), source=parts.source)
     data.weights = adapter.prepare
     metrics = Metrics(
         MetricsFile(out, tensorboard=run.engine.tensorboard),
         every_steps=run.engine.log_every_steps, batch_size=run.data.batch_size,
     )  # fmt: skip
-    online = Online(
-        run.online, metrics, parts.card, source=parts.source, maker=parts.maker, labelled=_labelled(run)
-    )
+    online = Online(run.online, metrics, parts.card, source=parts.source, maker=parts.maker, labelled=_labelled(run))
     checkpoints = Checkpoints(
         out / "checkpoints",
         every_steps=run.engine.checkpoint_every_steps,
@@ -143,7 +145,7 @@ def trainer_of(run: Run, callbacks: list[Callback]) -> Trainer:
 def _precision(wanted: str, *, gpu: bool) -> str:
     if wanted == "auto":
         wanted = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "16") if gpu else "32"
-    return {"32": "32-true", "64": "64-true", "bf16": "bf16-mixed", "16": "16-mixed"}[wanted]
+    return {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[wanted]
 
 
 def _labelled(run: Run) -> tuple[ImageSource, ImageSource] | None:
@@ -160,7 +162,7 @@ def _labelled(run: Run) -> tuple[ImageSource, ImageSource] | None:
 
 def _claim(out: Path, run: Run, *, resume: bool) -> None:
     """Refuse a folder that holds another run, or a resume that would change what is learned."""
-    if rank_zero_only.rank != 0:
+    if not is_first_rank():
         return
     written = out / CONFIG
     if not resume:

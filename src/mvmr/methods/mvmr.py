@@ -1,5 +1,6 @@
 """MV-MR: Kinakh, Drozdova, Voloshynovskiy, "MV-MR: multi-views and multi-representations for self-supervised learning
-and knowledge distillation", Entropy 26(6):466, 2024. Equations are numbered as there."""
+and knowledge distillation", Entropy 26(6):466, 2024. Equations are numbered as there.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +21,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     # What the authors' released code computes, where it differs from the paper (docs/deviations.md).
     "official": {
-        "l3_sign": "official", "power": 1, "distance_floor": 1e-4, "divisor": 32.0, "variance_epsilon": 0.0, "gather": False,
+        "l3_sign": "official",
+        "power": 1,
+        "distance_floor": 1e-4,
+        "divisor": 32.0,
+        "variance_epsilon": 0.0,
+        "gather": False,
     },
-}  # fmt: skip
+}
 
 
 class MVMRConfig(MethodConfig):
@@ -49,7 +55,7 @@ class MVMRConfig(MethodConfig):
     mse_reduction: Literal["mean", "sum"] = "mean"
     """Eq. 6 sums over dimensions (`sum`); the official code and we average, or lambda would weigh D times more."""
     l3_sign: Literal["paper", "official"] = "paper"
-    """`paper` adds 1 - dCor (Eq. 11); `official` adds dCor itself, as the released code does for hand-crafted features."""
+    """`paper` adds 1 - dCor (Eq. 11); `official` adds dCor itself, as the released code does."""
     power: Literal[1, 2] = 2
     """2: the ratio of Eq. 3; 1: its square root, as in the official code."""
     estimator: Literal["v", "u"] = "v"
@@ -57,7 +63,7 @@ class MVMRConfig(MethodConfig):
     distance_floor: float = Field(0.0, ge=0)
     """Squared distances below this are raised to it (official: 1e-4); 0 keeps them exact."""
     divisor: float = Field(1.0, gt=0)
-    """Embeddings and features but for HOG and local deviation are divided by this before their distances (official: 32)."""
+    """Embeddings and all features but HOG and local deviation are divided by this before distances (official: 32)."""
     gather: bool = True
     """True: the loss is of the batch of all devices; False: of each device's part, as in the official code."""
 
