@@ -61,7 +61,7 @@ class ScheduleConfig(Section):
 
 
 class EngineConfig(Section):
-    """Where and how a run is computed; none of it changes what is learned, but for precision and accumulation."""
+    """Where and how a run is computed; of these, precision, accumulation and clipping change what is learned."""
 
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     """auto takes a GPU where there is one."""

@@ -8,8 +8,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mvmr.config import load
 from mvmr.engine import train as train_module
@@ -95,9 +97,26 @@ def test_a_folder_with_a_run_is_not_written_over(tmp_path: Path) -> None:
         train(tiny(), out, quiet=True)
     with pytest.raises(UserError, match=r"optimizer\.lr.*start anew"):
         train(tiny(schedule__epochs=1, optimizer__lr=0.5), out, resume=True, quiet=True)
+    for key, value in (("engine__accumulate", 2), ("views__size", 8), ("data__batch_size", 8)):
+        with pytest.raises(UserError, match=key.replace("__", r"\.")):
+            train(tiny(schedule__epochs=1, **{key: value}), out, resume=True, quiet=True)
     with pytest.raises(UserError, match="holds no run to resume"):
         train(tiny(), tmp_path / "other", resume=True, quiet=True)
     assert (out / "encoder.safetensors").read_bytes() == before
+
+
+def test_resume_refuses_other_images_and_allows_other_watching(tmp_path: Path) -> None:
+    run = tiny(data={"name": "images", "root": str(tmp_path / "a"), "batch_size": 16, "cache": str(tmp_path / "cache")})
+    for folder, count in (("a", 40), ("b", 33)):
+        (tmp_path / folder).mkdir()
+        for i in range(count):
+            Image.fromarray(np.full((16, 16, 3), i, np.uint8)).save(tmp_path / folder / f"{i}.png")
+    out = train(run, tmp_path / "run", quiet=True)
+    watched = run.model_copy(update={"online": run.online.model_copy(update={"images": 8})})
+    train(watched, out, resume=True, quiet=True)
+    moved = run.model_copy(update={"data": run.data.model_copy(update={"root": tmp_path / "b"})})
+    with pytest.raises(UserError, match=r"started on 40 images.*now has 33"):
+        train(moved, out, resume=True, quiet=True)
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from mvmr.data.batches import BatchMaker
 from mvmr.data.loading import Loaded, Loader
 from mvmr.data.sources import ArraySource, ImageSource
+from mvmr.errors import UserError
 from mvmr.types import Batch
 
 SHARE = 0.25
@@ -47,9 +48,14 @@ class TrainingData(LightningDataModule):
 
     # The position is kept here as well as by Lightning, which forgets it when a checkpoint was made at an epoch's end.
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._loader is None else {**self._loader.state_dict()}
+        return {} if self._loader is None else {**self._loader.state_dict(), "images": len(self.source)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict and state_dict["images"] != len(self.source):
+            raise UserError(
+                f"the run was started on {state_dict['images']} images, and {self.source.name} now has "
+                f"{len(self.source)}: bring back the images it had, or start anew with --out"
+            )
         self._resumed = state_dict or None
 
     def transfer_batch_to_device(self, batch: Loaded, device: torch.device, dataloader_idx: int) -> Batch:

@@ -17,7 +17,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.strategies import DDPStrategy
 
 from mvmr import __version__
-from mvmr.config import Run
+from mvmr.config import OnlineConfig, Run
 from mvmr.data.batches import BatchMaker
 from mvmr.data.datasets import DATASETS
 from mvmr.data.files import write_unreadable
@@ -37,8 +37,14 @@ from mvmr.nets.weights import ENCODER_FILE, EncoderCard, save_encoder
 from mvmr.representations import build_representations
 
 CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
-# Sections that change how a run is computed or watched, not what it learns: a resumed run may change them.
-FREE_ON_RESUME = ("engine", "online", "name")
+# What changes where a run is computed or how it is watched, not what it learns: a resumed run may change it.
+FREE_ON_RESUME = {
+    "name",
+    *(f"data.{key}" for key in ("root", "workers", "cache", "download")),
+    *(f"engine.{key}" for key in ("accelerator", "devices", "nodes", "compile", "channels_last", "deterministic")),
+    *(f"engine.{key}" for key in ("checkpoint_every_steps", "keep_every_epochs", "log_every_steps", "tensorboard")),
+    *(f"online.{key}" for key in OnlineConfig.model_fields),
+}
 
 
 @dataclass(frozen=True)
@@ -172,7 +178,7 @@ def _claim(out: Path, run: Run, *, resume: bool) -> None:
     if not written.exists():
         raise UserError(f"{out} holds no run to resume ({CONFIG} is missing): leave out --resume, or give --out")
     before, now = yaml.safe_load(written.read_text()), run.resolved()
-    changed = [key for key in sorted(_differences(before, now)) if key.split(".")[0] not in FREE_ON_RESUME]
+    changed = sorted(_differences(before, now) - FREE_ON_RESUME)
     if changed:
         raise UserError(
             f"{written}: the run was started with other values of {', '.join(changed)}; "
