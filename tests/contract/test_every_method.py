@@ -109,7 +109,7 @@ def test_trainer_equals_a_bare_loop_bit_for_bit(name: str, tmp_path: Path) -> No
 
 
 def losses_of_twenty_steps(name: str) -> list[float]:
-    # float64 and a low rate: at a high one so small a net amplifies rounding tenfold a step, and every CPU rounds its way.
+    # float64 and a low rate: at a high one so small a net amplifies rounding, of which CPUs differ, tenfold a step.
     run = tiny(name, schedule__epochs=4, optimizer={"name": "adam", "lr": 1e-4})
     parts, data = parts_and_data(run)
     method, maker = parts.method.double().train(), in_float64(parts.maker)
