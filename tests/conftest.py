@@ -1,11 +1,6 @@
 from __future__ import annotations
 
-import os
-
 import pytest
-
-# dcor imports numba, whose OpenMP layer would take all cores for the whole process, whatever OMP_NUM_THREADS says.
-os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -23,22 +23,22 @@ def demo(
     """Learn from handwritten digits without their labels in under two minutes, and show what was learned."""
     import time
 
-    from mvmr.cli.screen import say, show_json, show_table
+    from mvmr.cli.screen import own_name, say, show_json, show_table
     from mvmr.config import load
     from mvmr.engine.train import train
     from mvmr.nets.weights import load_encoder, random_encoder
 
     started = time.monotonic()
     folder = free_name(out)
-    run = load("mvmr_digits", {"name": folder.name})
+    run = load("mvmr_digits")
     say(f"Training a small ResNet on 1,297 digits, without their labels, for {run.schedule.epochs} epochs: {folder}")
     train(run, folder)
     trained = load_encoder(folder)
     columns = {"random encoder": measure(random_encoder(trained.card, seed=0)), "trained encoder": measure(trained)}
     seconds = time.monotonic() - started
     following = [
-        f"mvmr evaluate {folder} --on knn,linear_fast --random",
-        "mvmr train mvmr_folder data.root=YOUR_IMAGES",
+        f"{own_name()} evaluate {folder} --on knn,linear_fast --random",
+        f"{own_name()} train mvmr_folder data.root=YOUR_IMAGES",
     ]
     if as_json:
         show_json({"folder": str(folder), "top1": columns, "seconds": round(seconds, 1), "next": following})

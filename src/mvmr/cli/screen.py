@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +20,12 @@ from mvmr.types import Result
 def say(text: str) -> None:
     """A message to the reader, on standard error."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+
+
+def own_name() -> str:
+    """How the reader calls this command: `mvmr` where the shell finds it, else its path, as after `make demo`."""
+    called = sys.argv[0]
+    return called if os.sep in called and shutil.which("mvmr") is None and Path(called).name == "mvmr" else "mvmr"
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

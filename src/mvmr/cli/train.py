@@ -18,10 +18,10 @@ def train(
 ) -> None:
     """Train a recipe; the run folder gets settings, metrics, checkpoints and encoder.safetensors."""
     from mvmr.api import default_folder
-    from mvmr.cli.screen import say
+    from mvmr.cli.screen import own_name, say
     from mvmr.config import load
     from mvmr.engine.train import train as train_run
 
     run = load(recipe, overrides or ())
     folder = train_run(run, out or default_folder(recipe, run.name), resume=resume)
-    say(f"encoder: {folder / 'encoder.safetensors'}\nnext: mvmr evaluate {folder} --on knn,linear_fast")
+    say(f"encoder: {folder / 'encoder.safetensors'}\nnext: {own_name()} evaluate {folder} --on knn,linear_fast")
