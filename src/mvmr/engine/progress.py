@@ -14,6 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mvmr.engine.metrics import Metrics
 from mvmr.engine.module import Adapter
 
+BAR = 56
+"""Characters that the bar, its counts and the time left take of a line."""
+
 
 @contextmanager
 def counting(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
@@ -44,10 +47,8 @@ class ProgressBar(Callback):
         assert isinstance(pl_module, Adapter)
         if not trainer.is_global_zero or not sys.stderr.isatty() or self.console.quiet:
             return
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"), console=self.console,
-        )  # fmt: skip
+        columns = (MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+        self._bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=16), *columns, console=self.console)
         self._task = self._bar.add_task("training", total=pl_module.total_steps, completed=trainer.global_step, text="")
         self._bar.start()
 
@@ -57,23 +58,30 @@ class ProgressBar(Callback):
         if self._bar is not None:
             description = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
             self._bar.update(
-                self._task, completed=trainer.global_step, description=description, text=self._numbers(most=4)
+                self._task,
+                completed=trainer.global_step,
+                description=description,
+                text=self._numbers(room=self.console.width - BAR),
             )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._bar is None and trainer.is_global_zero:
             self.console.print(
-                f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {self._numbers(most=12)}", highlight=False,
+                f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {self._numbers(room=400)}", highlight=False,
                 soft_wrap=True,
             )  # fmt: skip
 
-    def _numbers(self, *, most: int) -> str:
+    def _numbers(self, *, room: int) -> str:
+        """Images a second and as many terms as fit into `room` characters, the loss first."""
         latest = self.metrics.latest
         if not latest:
             return ""
-        terms = [(key.removeprefix("train/"), value) for key, value in latest.items() if key.startswith("train/")]
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in terms[:most])
-        return f"{latest['images_per_second']:.0f} images/s  {shown}"
+        text = f"{latest['images_per_second']:.0f} images/s"
+        for key, value in latest.items():
+            term = f"  {key.removeprefix('train/')} {value:.3f}"
+            if key.startswith("train/") and len(text) + len(term) <= room:
+                text += term
+        return text
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close()
