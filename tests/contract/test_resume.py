@@ -85,7 +85,7 @@ def test_killed_inside_an_epoch(name: str, workers: int, images: Path, tmp_path:
     kill_at(9, config, killed)  # six steps an epoch: step 9 is inside the second
     assert not (killed / "encoder.safetensors").exists()
     finish(config, killed, "--resume")
-    same_end(whole, killed)
+    check_same_end(whole, killed)
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
@@ -97,10 +97,10 @@ def test_killed_with_a_checkpoint_at_epoch_ends_only(name: str, tmp_path: Path) 
     finish(config, whole)
     kill_at(8, config, killed)
     finish(config, killed, "--resume")
-    same_end(whole, killed)
+    check_same_end(whole, killed)
 
 
-def same_end(whole: Path, killed: Path) -> None:
+def check_same_end(whole: Path, killed: Path) -> None:
     expected, found = load_file(whole / "encoder.safetensors"), load_file(killed / "encoder.safetensors")
     assert expected.keys() == found.keys()
     for key, value in expected.items():
