@@ -37,19 +37,17 @@ def steps_done(out: Path) -> int:
     return max(steps, default=0)
 
 
-def kill_at(step: int, config: Path, out: Path, *more: str) -> None:
-    """Start a run and kill its whole process group once `step` is logged."""
-    process = subprocess.Popen(
-        command(config, out, *more), env=environment(), start_new_session=True, stderr=subprocess.PIPE
-    )
+def kill_at(step: int, config: Path, out: Path, with_signal: signal.Signals = signal.SIGKILL) -> tuple[int, str]:
+    """Start a run and signal its whole process group once `step` is logged; its exit status and standard error."""
+    process = subprocess.Popen(command(config, out), env=environment(), start_new_session=True, stderr=subprocess.PIPE)
     deadline = time.monotonic() + TIMEOUT
     while steps_done(out) < step:
         assert process.poll() is None, f"the run ended before step {step}: {process.communicate()[1].decode()}"
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    os.killpg(process.pid, with_signal)
+    _, error = process.communicate(timeout=TIMEOUT)
+    return process.returncode, error.decode()
 
 
 def finish(config: Path, out: Path, *more: str) -> None:
@@ -82,7 +80,8 @@ def test_killed_inside_an_epoch(name: str, workers: int, images: Path, tmp_path:
     config.write_text(yaml.safe_dump(run.resolved()))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(config, whole)
-    kill_at(9, config, killed)  # six steps an epoch: step 9 is inside the second
+    # Six steps an epoch: step 9 is inside the second.
+    assert kill_at(9, config, killed)[0] == -signal.SIGKILL
     assert not (killed / "encoder.safetensors").exists()
     finish(config, killed, "--resume")
     check_same_end(whole, killed)
@@ -95,9 +94,20 @@ def test_killed_with_a_checkpoint_at_epoch_ends_only(name: str, tmp_path: Path) 
     config.write_text(yaml.safe_dump(run.resolved()))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(config, whole)
-    kill_at(8, config, killed)
+    assert kill_at(8, config, killed)[0] == -signal.SIGKILL
     finish(config, killed, "--resume")
     check_same_end(whole, killed)
+
+
+def test_interrupted_from_the_keyboard(tmp_path: Path) -> None:
+    run = tiny(schedule__epochs=300)
+    config = tmp_path / "recipe.yaml"
+    config.write_text(yaml.safe_dump(run.resolved()))
+    status, error = kill_at(8, config, tmp_path / "run", signal.SIGINT)
+    assert status == 1
+    assert "interrupted at step" in error
+    assert f"mvmr train {tmp_path / 'run/config.yaml'} --resume" in error
+    assert "Traceback" not in error
 
 
 def check_same_end(whole: Path, killed: Path) -> None:

@@ -30,7 +30,7 @@ from mvmr.engine.metrics import Metrics, MetricsFile
 from mvmr.engine.module import Adapter
 from mvmr.engine.online import Online
 from mvmr.engine.progress import ProgressBar, counting
-from mvmr.errors import UserError
+from mvmr.errors import RunError, UserError
 from mvmr.methods import METHODS, Method
 from mvmr.nets.encoders import build_encoder
 from mvmr.nets.weights import ENCODER_FILE, EncoderCard, save_encoder
@@ -74,7 +74,14 @@ def train(run: Run, out: Path, *, resume: bool = False, quiet: bool = False) -> 
     resumed = checkpoint if resume and checkpoint.exists() else None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\.", message="|".join(NOISE))
-        trainer.fit(adapter, datamodule=data, ckpt_path=resumed, weights_only=True)
+        try:
+            trainer.fit(adapter, datamodule=data, ckpt_path=resumed, weights_only=True)
+        except SystemExit:  # how Lightning ends a fit that was interrupted from the keyboard
+            if not trainer.interrupted:
+                raise
+            raise RunError(
+                f"interrupted at step {trainer.global_step}; continue with `mvmr train {out / CONFIG} --resume`"
+            ) from None
     if trainer.is_global_zero:
         save_encoder(out / ENCODER_FILE, adapter.method.exported(), parts.card)
     return out
