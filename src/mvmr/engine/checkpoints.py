@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
 
+from mvmr.engine.module import Adapter
 from mvmr.errors import RunError
 
 LAST = "last.ckpt"
@@ -25,6 +26,8 @@ class Checkpoints(Callback):
     ) -> None:
         step = trainer.global_step
         if self.every_steps and step > self._saved and step % self.every_steps == 0:
+            assert isinstance(pl_module, Adapter)
+            pl_module.check_finite()  # between two log steps nothing else has looked
             self._save(trainer, LAST)
             self._saved = step
 
