@@ -18,7 +18,7 @@ SOLVED, UNSOLVED = 1e-6, 1e-3
 
 
 class LinearConfig(Section):
-    """Settings of `linear`; the defaults are the protocol of MV-MR's paper (section 5)."""
+    """Settings of `linear`; the defaults are the protocol of MV-MR's paper (Section 7)."""
 
     lr: float = Field(default=1e-4, gt=0)
     """Adam's learning rate, constant."""
