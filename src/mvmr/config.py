@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import resources
@@ -15,7 +14,7 @@ from pydantic import Field, SerializeAsAny, ValidationError, create_model, model
 from mvmr.data.datasets import DATASETS
 from mvmr.data.sources import DataConfig
 from mvmr.data.views import Views
-from mvmr.errors import UserError
+from mvmr.errors import UserError, nearest
 from mvmr.methods import METHODS, MethodConfig
 from mvmr.nets.encoders import EncoderConfig
 from mvmr.representations import resolve_settings
@@ -156,9 +155,7 @@ class Run(Section):
         defaults = self.method.representation_defaults()
         merged = {name: {**defaults.get(name, {}), **given} for name, given in self.representations.items()}
         object.__setattr__(self, "representations", resolve_settings(merged))
-        unknown = set(getattr(self.method, "beta", {})) - set(merged)
-        if unknown:
-            raise ValueError(f"method.beta names {_listed(unknown)}, which `representations` does not have")
+        self.method.check_representations(merged)
         return self
 
     def resolved(self) -> dict[str, Any]:
@@ -194,7 +191,7 @@ def parse(settings: Mapping[str, Any], *, where: str = "settings") -> Run:
     method = settings.get("method")
     name = method.get("name") if isinstance(method, Mapping) else method
     if name not in METHODS:
-        raise UserError(f"{where}: method.name is {name!r}; known methods: {_listed(METHODS)}{_nearest(name, METHODS)}")
+        raise UserError(f"{where}: method.name is {name!r}; known methods: {_listed(METHODS)}{nearest(name, METHODS)}")
     full = {**settings, "method": method if isinstance(method, Mapping) else {"name": name}}
     if not isinstance(full.get("views"), Mapping):
         raise UserError(f"{where}: `views` is missing; it needs at least `recipe` and `size`")
@@ -222,8 +219,7 @@ def _read(recipe: str | Path) -> dict[str, Any]:
     else:
         names = recipe_names()
         raise UserError(
-            f"{recipe}: no recipe of that name and no YAML file{_nearest(str(recipe), names)}; "
-            f"recipes: {_listed(names)}"
+            f"{recipe}: no recipe of that name and no YAML file{nearest(str(recipe), names)}; recipes: {_listed(names)}"
         )
     try:
         settings = yaml.safe_load(text)
@@ -265,7 +261,7 @@ def _explained(error: ValidationError, model: type[Section], where: str) -> str:
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             known = _known_keys(model, problem["loc"][:-1])
-            lines.append(f"{key}: no such key{_nearest(str(problem['loc'][-1]), known)}; known here: {_listed(known)}")
+            lines.append(f"{key}: no such key{nearest(str(problem['loc'][-1]), known)}; known here: {_listed(known)}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
             given = "" if problem["type"] in ("missing", "value_error") else f" (given: {problem['input']!r})"
@@ -283,11 +279,6 @@ def _known_keys(model: type[Section], path: tuple[Any, ...]) -> list[str]:
         if inner is not None:
             model = inner
     return sorted(model.model_fields)
-
-
-def _nearest(name: Any, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -1,6 +1,10 @@
-"""The two errors that a command turns into one message and an exit status, without a traceback."""
+"""The two errors that a command turns into one message and an exit status, and how messages name what was meant."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -9,3 +13,9 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """A run failed while working (a loss that is not finite, a full disk). Commands exit with status 1."""
+
+
+def nearest(name: Any, known: Iterable[str]) -> str:
+    """` (did you mean X?)` for the known name closest to a wrong one, or nothing."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

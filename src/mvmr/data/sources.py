@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +13,7 @@ from mvmr.data.files import check_files, kept_check, refuse_too_many, try_to_rea
 from mvmr.data.images import ArraySource, FileSource, ImageSource, Progress, subset
 from mvmr.data.layouts import Split, Wanted
 from mvmr.data.store import prepare, prepare_exact
-from mvmr.errors import UserError
+from mvmr.errors import UserError, nearest
 from mvmr.ops.random import permutation
 from mvmr.types import Section
 
@@ -74,9 +73,7 @@ class DataConfig(Section):
     @classmethod
     def _known(cls, name: str) -> str:
         if name not in DATASETS:
-            near = difflib.get_close_matches(name, DATASETS, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"no data set {name!r}{hint} Known: {', '.join(DATASETS)}")
+            raise ValueError(f"no data set {name!r}{nearest(name, DATASETS)}; known: {', '.join(DATASETS)}")
         return name
 
     @field_validator("std")

@@ -215,8 +215,8 @@ def _write_start(out: Path, run: Run, source: ImageSource) -> None:
 
 
 def _warn_of_settings_without_effect(run: Run) -> None:
-    if run.method.name == "mvmr" and not run.representations:
-        warnings.warn("`representations` is empty: MV-MR trains on its views alone (L1 + L2)", stacklevel=2)
+    for remark in run.method.remarks(run.representations):
+        warnings.warn(remark, stacklevel=2)
     if run.engine.accumulate > 1:
         warnings.warn(
             "engine.accumulate enlarges neither the batch that the loss sees nor that of batch norm", stacklevel=2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, ClassVar, final
 
 from torch import Tensor, nn
@@ -21,6 +21,13 @@ class MethodConfig(Section):
     def representation_defaults(self) -> dict[str, dict[str, Any]]:
         """Settings that a preset gives to representations, by name; what the user gives comes on top."""
         return {}
+
+    def check_representations(self, names: Collection[str]) -> None:
+        """Raise ValueError where these settings do not fit the run's representations."""
+
+    def remarks(self, representations: Collection[str]) -> list[str]:
+        """What to warn of when a run starts with these representations."""
+        return []
 
 
 class Method(nn.Module, ABC):

@@ -4,7 +4,7 @@ and knowledge distillation", Entropy 26(6):466, 2024. Equations are numbered as 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -85,6 +85,14 @@ class MVMRConfig(MethodConfig):
         if self.preset == "official":
             return {"hog": {"variant": "official"}, "augmented_pixels": {"batch_shared": True}}
         return {}
+
+    def check_representations(self, names: Collection[str]) -> None:
+        unknown = sorted(set(self.beta) - set(names))
+        if unknown:
+            raise ValueError(f"method.beta names {', '.join(unknown)}, which `representations` does not have")
+
+    def remarks(self, representations: Collection[str]) -> list[str]:
+        return [] if representations else ["`representations` is empty: MV-MR trains on its views alone (L1 + L2)"]
 
 
 class MVMR(Method):

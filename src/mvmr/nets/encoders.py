@@ -9,7 +9,8 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from mvmr.types import Section, UserError
+from mvmr.errors import UserError, nearest
+from mvmr.types import Section
 
 RESNETS = ("resnet18", "resnet34", "resnet50")
 TIMM = "timm:"
@@ -35,9 +36,7 @@ class EncoderConfig(Section):
     def _known(cls, name: str) -> str:
         if name in RESNETS or (name.startswith(TIMM) and name != TIMM):
             return name
-        close = difflib.get_close_matches(name, RESNETS, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise UserError(f"no encoder of that name{hint}; known: {', '.join(RESNETS)}, or timm:NAME")
+        raise UserError(f"no encoder of that name{nearest(name, RESNETS)}; known: {', '.join(RESNETS)}, or timm:NAME")
 
     @model_validator(mode="after")
     def _only_what_applies(self) -> EncoderConfig:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, get_type_hints
 
 from pydantic import ValidationError, create_model
 from torch import nn
 
+from mvmr.errors import UserError, nearest
 from mvmr.representations.augmented import AugmentedPixels
 from mvmr.representations.base import IMAGENET_MEAN, IMAGENET_STD, Representation
 from mvmr.representations.hog import HOG
 from mvmr.representations.local_std import LocalStd
 from mvmr.representations.pixels import Pixels
 from mvmr.representations.scattering import Scattering
-from mvmr.types import Section, UserError
+from mvmr.types import Section
 
 __all__ = [
     "HOG",
@@ -105,7 +105,7 @@ def _checked(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[type[
         if kind not in REPRESENTATIONS:
             advice = "" if "kind" in given else "; under a name of your own, say which it is with `kind`"
             wrong.append(f"{where}{'.kind' if 'kind' in given else ''}: no representation {kind!r}"
-                         f"{_nearest(kind, REPRESENTATIONS)}; known: {', '.join(REPRESENTATIONS)}{advice}")  # fmt: skip
+                         f"{nearest(kind, REPRESENTATIONS)}; known: {', '.join(REPRESENTATIONS)}{advice}")  # fmt: skip
             continue
         if "." in name or hasattr(nn.ModuleDict(), name):
             wrong.append(f"{where}: cannot be a name (no dots, and no word of Python's dictionaries); choose another")
@@ -124,11 +124,6 @@ def _told(where: str, problem: Any, model: type[Section]) -> str:
     key, *inner = problem["loc"]
     if problem["type"] == "extra_forbidden":
         known = ", ".join(model.model_fields) or "none"
-        return f"{where}.{key}: no such setting{_nearest(key, model.model_fields)}; known: {known}"
+        return f"{where}.{key}: no such setting{nearest(key, model.model_fields)}; known: {known}"
     place = "".join(f"[{part}]" for part in inner)
     return f"{where}.{key}{place}: {problem['msg']}, not {problem['input']!r}"
-
-
-def _nearest(name: Any, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
