@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -26,6 +28,22 @@ class Representation(nn.Module, ABC):
 
     varies: ClassVar[bool] = False
     """True if the map changes from epoch to epoch, so that its result cannot be cached."""
+    cheap: ClassVar[bool] = False
+    """True if making it costs no more than reading it back, so that it is not cached."""
+    learned: ClassVar[bool] = False
+    """True for a trained network's output, which is cached at its full width; others may be projected."""
+    version: ClassVar[int] = 1
+    """Raised whenever the map changes, so that what was cached of the old one is not taken for the new."""
+
+    settings: Mapping[str, Any] | None = None
+    """The constructor's settings, set by `build_representations`; part of `fingerprint`."""
+
+    def fingerprint(self) -> str | None:
+        """Hexadecimal digits that differ whenever the map does; None where that is not known: it is not cached."""
+        if self.settings is None:
+            return None
+        described = json.dumps([type(self).__name__, self.version, self.settings], sort_keys=True, default=str)
+        return hashlib.sha256(described.encode()).hexdigest()[:32]
 
     @abstractmethod
     def forward(self, images: Tensor, index: Tensor | None = None, epoch: int = 0) -> Tensor:
