@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
-from urllib.error import URLError
 
 import pytest
 import torch
@@ -164,9 +163,9 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple:
             return Path.touch, (witness,)
 
-    for name in ("encoder.safetensors", "last.ckpt"):
+    for name, kind in (("encoder.safetensors", "safetensors file"), ("last.ckpt", "checkpoint")):
         (tmp_path / name).write_bytes(pickle.dumps(Attack()))
-        with pytest.raises(UserError, match=rf"{name}: is not a readable safetensors file"):
+        with pytest.raises(UserError, match=rf"{name}: is not a readable {kind}"):
             load_encoder(tmp_path / name)
     assert not witness.exists()
 
@@ -240,17 +239,3 @@ def test_pretrained_torchvision_weights_come_from_the_cache(tmp_path: Path, monk
     published.fc = nn.Identity()
     assert same_state(encoder.backbone, published)
     assert encoder.card.method == "supervised (IMAGENET1K_V1)"
-
-
-def test_without_network_the_remedy_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import timm.models._builder as builder
-
-    def offline(*args: object, **kwargs: object) -> None:
-        raise URLError("no network")
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    monkeypatch.setattr(builder, "load_state_dict_from_hf", offline)
-    for name in ("torchvision:resnet18", "timm:resnet10t"):
-        with pytest.raises(UserError, match=rf"{name}: .*no network.* take {name}@random"):
-            load_encoder(name)

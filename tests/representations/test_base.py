@@ -1,4 +1,4 @@
-"""What holds for every representation: shapes, float32, no gradient, no state, one result."""
+"""What holds for every hand-crafted representation: shapes, float32, no gradient, no state, one result."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import mvmr.representations
 from mvmr.representations import REPRESENTATIONS
 from mvmr.types import UserError
 
+HAND_CRAFTED = {name: kind for name, kind in REPRESENTATIONS.items() if not kind.learned}
 WIDTHS = {"pixels": 3072, "augmented_pixels": 3072, "scattering": 15552, "hog": 1152, "local_std": 3072}
 
 
@@ -25,14 +26,14 @@ def test_alone_as_in_the_readme():
     assert mvmr.representations.HOG(bins=24, cell=8)(digits(2, 32)).shape == (2, 1152)
 
 
-@pytest.mark.parametrize("name", REPRESENTATIONS)
+@pytest.mark.parametrize("name", HAND_CRAFTED)
 def test_width_at_32_and_96(name):
     representation = REPRESENTATIONS[name]()
     assert representation(digits(2, 32)).shape == (2, WIDTHS[name])
     assert representation(digits(1, 96)).shape == (1, WIDTHS[name] * 9)
 
 
-@pytest.mark.parametrize("name", REPRESENTATIONS)
+@pytest.mark.parametrize("name", HAND_CRAFTED)
 def test_fixed_float32_and_without_gradient(name):
     representation = REPRESENTATIONS[name]()
     images = digits(3, 32)
@@ -49,7 +50,7 @@ def test_fixed_float32_and_without_gradient(name):
     assert torch.equal(mixed, expected)
 
 
-@pytest.mark.parametrize("name", REPRESENTATIONS)
+@pytest.mark.parametrize("name", HAND_CRAFTED)
 def test_only_what_varies_reads_index_and_epoch(name):
     representation = REPRESENTATIONS[name]()
     images = digits(3, 32)
@@ -58,7 +59,7 @@ def test_only_what_varies_reads_index_and_epoch(name):
     assert representation.varies == (name == "augmented_pixels")
 
 
-@pytest.mark.parametrize("name", REPRESENTATIONS)
+@pytest.mark.parametrize("name", HAND_CRAFTED)
 def test_images_do_not_meet(name):
     """Each image's features are the same alone and in a batch, to float32's rounding; the images stay as they are."""
     representation = REPRESENTATIONS[name]()
@@ -70,7 +71,7 @@ def test_images_do_not_meet(name):
     assert torch.equal(images, before)
 
 
-@pytest.mark.parametrize("name", REPRESENTATIONS)
+@pytest.mark.parametrize("name", HAND_CRAFTED)
 def test_images_that_cannot_be_meant_are_refused(name):
     representation = REPRESENTATIONS[name]()
     with pytest.raises(UserError, match="batch of images"):
@@ -80,7 +81,7 @@ def test_images_that_cannot_be_meant_are_refused(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", REPRESENTATIONS)
+@pytest.mark.parametrize("name", HAND_CRAFTED)
 def test_cpu_and_gpu_agree_and_repeat(name):
     """Also where float32 products are allowed to be TF32."""
     representation = REPRESENTATIONS[name]().cuda()

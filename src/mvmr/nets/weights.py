@@ -4,76 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
+from mvmr.nets.cards import Encoder, EncoderCard, seeded
 from mvmr.nets.encoders import RESNETS, TIMM, EncoderConfig, build_encoder, build_timm, timm_settings
-from mvmr.types import Section, UserError
+from mvmr.nets.pretrained import RANDOM, TORCHVISION, pretrained_timm, pretrained_torchvision
+from mvmr.nets.released import CHECKPOINTS, ReleasedInput, load_released
+from mvmr.types import UserError
 
 ENCODER_FILE = "encoder.safetensors"
-TORCHVISION = "torchvision:"
-RANDOM = "@random"
 CARD = "mvmr"
 """The key of the card in the file's metadata."""
-
-
-class EncoderCard(Section):
-    """What has to be known to use an encoder's weights."""
-
-    encoder: EncoderConfig
-    """The architecture."""
-    dim: int = Field(ge=1)
-    """Width of its features."""
-    image_size: int = Field(ge=1)
-    """Side of the images that it was trained on."""
-    mean: tuple[float, ...] = Field(min_length=3, max_length=3)
-    """Channel means taken from images in [0, 1]."""
-    std: tuple[float, ...] = Field(min_length=3, max_length=3)
-    """Channel deviations that they are then divided by."""
-    method: str
-    """What trained it."""
-    data: str
-    """What it was trained on."""
-    version: str
-    """Version of mvmr, or of the library that the weights are from."""
-
-
-class Encoder(nn.Module):
-    """A backbone that takes images as they are: uint8 [B, 3, H, W] or float in [0, 1] -> features [B, D] float32.
-
-    Normalises with the card's mean and std; resizing to `card.image_size` is the caller's work. Raises ValueError for
-    images of other shapes or types.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, backbone: nn.Module, card: EncoderCard):
-        super().__init__()
-        self.backbone = backbone
-        self.card = card
-        # Not in the state_dict: the card is their one home.
-        self.register_buffer("mean", torch.tensor(card.mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(card.std).view(1, 3, 1, 1), persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images are [B, 3, H, W]; these are {list(images.shape)}")
-        if images.dtype == torch.uint8:
-            images = images.to(self.mean.dtype) / 255
-        elif not images.is_floating_point():
-            raise ValueError(f"images are uint8, or float in [0, 1]; these are {images.dtype}")
-        normalised = (images - self.mean) / self.std
-        weight = next(self.backbone.parameters(), normalised)
-        return self.backbone(normalised.to(weight.dtype)).float()  # [B, D]
 
 
 def save_encoder(path: str | Path, backbone: nn.Module, card: EncoderCard) -> Path:
@@ -116,20 +65,26 @@ def read_card(path: str | Path) -> EncoderCard:
         raise UserError(f"{file}: its metadata is damaged or from a newer version of mvmr: {error}") from None
 
 
-def load_encoder(path: str | Path) -> Encoder:
-    """The encoder of a file, a run folder or a name, on the CPU and in eval mode; nothing is unpickled.
+def load_encoder(path: str | Path, *, released: ReleasedInput | None = None) -> Encoder:
+    """The encoder of a file, a run folder or a name, on the CPU and in eval mode; nothing foreign is executed.
 
     path: an encoder.safetensors; a folder with one; torchvision:NAME or timm:NAME for their pretrained weights (from
-    the cache or the network); with @random after the name for random ones. Raises UserError.
+    the cache or the network); with @random after the name for random ones; a checkpoint (.ckpt, .pt, .pth, .pth.tar)
+    published by MV-MR's authors, whose images `released` describes (by default as `load_released` has it).
+    Raises UserError.
     """
     name = str(path)
     if name.startswith((TORCHVISION, TIMM)):
         return _load_named(name)
     file = _file_of(path)
+    if file.name.endswith(CHECKPOINTS):
+        _not_of_a_run(file)
+        given = released or ReleasedInput()
+        return load_released(file, mean=given.mean, std=given.std, image_size=given.image_size)
     card = read_card(file)
     with _opened(file) as content:
         tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118 (not a mapping)
-    backbone, dim = _seeded(lambda: build_encoder(card.encoder), seed=0)
+    backbone, dim = seeded(lambda: build_encoder(card.encoder), seed=0)
     try:
         backbone.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
@@ -141,18 +96,17 @@ def load_encoder(path: str | Path) -> Encoder:
 
 def random_encoder(card: EncoderCard, seed: int) -> Encoder:
     """The card's architecture with fresh weights, the same for the same seed; in eval mode, for baselines."""
-    backbone, _ = _seeded(lambda: build_encoder(card.encoder), seed=seed)
+    backbone, _ = seeded(lambda: build_encoder(card.encoder), seed=seed)
     return Encoder(backbone, card.model_copy(update={"method": "random"})).eval()
 
 
 def _load_named(name: str) -> Encoder:
-    # Built without weights first: a wrong name is told before anything is downloaded.
-    bare = name.removesuffix(RANDOM)
+    bare, random = name.removesuffix(RANDOM), name.endswith(RANDOM)
     if bare.startswith(TIMM):
         if bare == TIMM:
             raise UserError(f"{name}: name a model of timm, for example timm:resnet18")
         config = EncoderConfig(name=bare)
-        backbone, dim = _seeded(lambda: build_timm(config), seed=0)
+        backbone, dim = seeded(lambda: build_timm(config) if random else pretrained_timm(bare), seed=0)
         card = _timm_card(backbone, dim, config)
     else:
         model = bare.removeprefix(TORCHVISION)
@@ -160,28 +114,14 @@ def _load_named(name: str) -> Encoder:
             known = ", ".join(TORCHVISION + resnet for resnet in RESNETS)
             raise UserError(f"{name}: of torchvision, {known} are known here; for others take timm:NAME")
         config = EncoderConfig(name=model)
-        backbone, dim = _seeded(lambda: build_encoder(config), seed=0)
+        backbone, dim = seeded(lambda: build_encoder(config), seed=0)
         card = _torchvision_card(dim, config)
-    if name.endswith(RANDOM):
-        return Encoder(backbone, card.model_copy(update={"method": "random"})).eval()
-    return Encoder(_pretrained(backbone, config, name), card).eval()
-
-
-def _pretrained(backbone: nn.Module, config: EncoderConfig, name: str) -> nn.Module:
-    try:
-        if config.name.startswith(TIMM):
-            return build_timm(config, pretrained=True)[0]
-        from torchvision.models import get_model_weights
-
-        weights: Any = get_model_weights(config.name)
-        tensors = weights.DEFAULT.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
-        backbone.load_state_dict({key: t for key, t in tensors.items() if not key.startswith("fc.")}, strict=True)
-    except Exception as error:  # whatever the download of either library raises
-        raise UserError(
-            f"{name}: its pretrained weights could not be had ({type(error).__name__}: {error}); connect to the "
-            f"network once so that they are cached, or take {name}{RANDOM} for random weights"
-        ) from error
-    return backbone
+        if not random:
+            tensors = pretrained_torchvision(model)
+            backbone.load_state_dict({key: t for key, t in tensors.items() if not key.startswith("fc.")}, strict=True)
+    if random:
+        card = card.model_copy(update={"method": "random"})
+    return Encoder(backbone, card).eval()
 
 
 def _torchvision_card(dim: int, config: EncoderConfig) -> EncoderCard:
@@ -206,11 +146,11 @@ def _timm_card(backbone: nn.Module, dim: int, config: EncoderConfig) -> EncoderC
     )  # fmt: skip
 
 
-def _seeded(build: Callable[[], tuple[nn.Module, int]], *, seed: int) -> tuple[nn.Module, int]:
-    # Weights are drawn on the CPU: its generator alone is set, and put back.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return build()
+def _not_of_a_run(file: Path) -> None:
+    folder = file.resolve().parent.parent
+    if file.parent.name == "checkpoints" and (folder / "config.yaml").is_file():
+        remedy = "give that folder" if (folder / ENCODER_FILE).is_file() else "end it first with `mvmr train --resume`"
+        raise UserError(f"{file}: is a checkpoint to resume the run {folder} from, not an encoder; {remedy}")
 
 
 def _file_of(path: str | Path) -> Path:
@@ -236,8 +176,7 @@ def _opened(file: Path) -> Iterator[Any]:
             yield content
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{file}: is not a readable safetensors file ({error}); give a run folder or its {ENCODER_FILE} "
-            "(checkpoints are for `mvmr train --resume` only)"
+            f"{file}: is not a readable safetensors file ({error}); give a run folder or its {ENCODER_FILE}"
         ) from None
 
 

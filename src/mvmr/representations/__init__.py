@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any, get_type_hints
 
 from pydantic import ValidationError, create_model
@@ -17,6 +17,7 @@ from mvmr.representations.hog import HOG
 from mvmr.representations.local_std import LocalStd
 from mvmr.representations.pixels import Pixels
 from mvmr.representations.scattering import Scattering
+from mvmr.representations.teacher import PYTHON, Given, Teacher, from_python, joined
 from mvmr.types import Section
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Pixels",
     "Representation",
     "Scattering",
+    "Teacher",
     "build_representations",
     "resolve_settings",
     "settings_model",
@@ -38,6 +40,7 @@ REPRESENTATIONS: dict[str, type[Representation]] = {
     "scattering": Scattering,
     "hog": HOG,
     "local_std": LocalStd,
+    "teacher": Teacher,
 }
 
 FILLED_BY_CALLER = ("mean", "std", "seed")
@@ -50,20 +53,27 @@ def build_representations(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     seed: int = 0,
+    teachers: Mapping[str, Given] | None = None,
 ) -> nn.ModuleDict:
     """The representations of a run, by the names used in logs and weights: {name: {"kind": ..., setting: value}}.
 
     kind is a key of REPRESENTATIONS, by default the name itself; the settings are those of its constructor. mean, std
-    and seed are the run's, for constructors that take them and settings that do not name them.
+    and seed are the run's, for constructors that take them and settings that do not name them. teachers: modules,
+    functions or `Teacher`s given from Python, by name; settings may name them too, as {"kind": "teacher", "model":
+    "python"}, and then say how they are used.
     Raises UserError that lists every unknown kind, unknown setting and wrong value.
     """
     run = {"mean": tuple(mean), "std": tuple(std), "seed": seed}
+    objects = teachers or {}
     built = nn.ModuleDict()
-    for name, (kind, given) in _checked(settings).items():
+    for name, (kind, given) in _checked(joined(settings, objects)).items():
         values = {key: getattr(given, key) for key in type(given).model_fields}
         values |= {key: run[key] for key in FILLED_BY_CALLER if key in values and key not in given.model_fields_set}
         try:
-            built[name] = kind(**values)
+            here = name in objects and values.get("model") == PYTHON
+            made = from_python(objects[name], values) if here else kind(**values)
+            made.settings = values
+            built[name] = made
         except UserError as error:
             raise UserError(f"representations.{name}: {error}") from error
     return built
@@ -83,7 +93,7 @@ def resolve_settings(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dic
     return resolved
 
 
-@cache
+@functools.cache
 def settings_model(kind: type[Representation]) -> type[Section]:
     """The constructor's signature as a closed pydantic model: the one definition of names, types and defaults."""
     hints = get_type_hints(kind.__init__)
@@ -125,5 +135,8 @@ def _told(where: str, problem: Any, model: type[Section]) -> str:
     if problem["type"] == "extra_forbidden":
         known = ", ".join(model.model_fields) or "none"
         return f"{where}.{key}: no such setting{nearest(key, model.model_fields)}; known: {known}"
+    if problem["type"] == "missing":
+        example = ", for example timm:vit_base_patch16_224" if key == "model" else ""
+        return f"{where}.{key}: must be given{example}"
     place = "".join(f"[{part}]" for part in inner)
     return f"{where}.{key}{place}: {problem['msg']}, not {problem['input']!r}"
