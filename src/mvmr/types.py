@@ -61,7 +61,7 @@ class Features:
     x: Tensor
     """[N, D] float32."""
     y: Tensor | None = None
-    """[N] int64, or None without labels."""
+    """[N] int64; [N, C] int8 of 1, 0 and -1 (to be ignored) where images have several; or None."""
     classes: tuple[str, ...] = ()
 
 

@@ -22,6 +22,7 @@ from mvmr.data.layouts import (
     read_split_folders,
     read_tiny_imagenet,
 )
+from mvmr.data.voc import VOC_LAYOUT, read_voc07
 from mvmr.errors import RunError
 
 Channels = tuple[float, float, float]
@@ -216,6 +217,9 @@ DATASETS: dict[str, DataSet] = {
     "imagenet200": _imagenet_part(200),
     "tiny-imagenet": DataSet(
         "110,000 labelled photographs of 200 classes, 64 px", read_tiny_imagenet, size=64, layout=TINY_LAYOUT
+    ),
+    "voc07": DataSet(
+        "PASCAL VOC 2007: 9,963 multi-label photographs of 20 classes", read_voc07, layout=VOC_LAYOUT
     ),
     "folder": DataSet("your own images in class folders", read_folder, layout=FOLDER_LAYOUT),
     "images": DataSet(

@@ -83,7 +83,7 @@ class ImageSource(ABC):
         fingerprint: str | None,
     ):
         self.labels = labels
-        """[N] int64, or None."""
+        """[N] int64, one class an image; or [N, C] int8, several: 1 present, 0 absent, -1 left out; or None."""
         self.name = name
         """Data set and split, as in cifar10/train."""
         self.classes = classes
@@ -94,6 +94,8 @@ class ImageSource(ABC):
         self._fingerprint = fingerprint
         if labels is not None and len(labels) != len(self):
             raise ValueError(f"{name}: {len(self)} images and {len(labels)} labels")
+        if labels is not None and (labels.ndim > 2 or (labels.ndim == 2 and labels.shape[1] != len(classes))):
+            raise ValueError(f"{name}: labels must be [N], or [N, C] for C = {len(classes)}, not {list(labels.shape)}")
 
     @property
     def fingerprint(self) -> str:

@@ -81,7 +81,10 @@ def _contents(folder: Path) -> str:
 
 
 def held_out(labels: Tensor, count: int) -> Tensor:
-    """Mask [N] of `count` images, spread over the classes in proportion (largest remainders), the same in every run."""
+    """Mask [N] of `count` images, spread over the classes in proportion (largest remainders), the same in every run.
+
+    labels: [N], one class an image.
+    """
     sizes = torch.bincount(labels)
     exact = sizes.double() * count / len(labels)
     take = exact.floor().long()

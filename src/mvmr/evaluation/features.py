@@ -83,9 +83,12 @@ def labelled(features: Features, split: str) -> tuple[Tensor, Tensor]:
 
     Raises UserError when labels are missing or do not fit, RunError when a feature is not finite.
     """
-    x, y = features.x, features.y
-    if y is None:
-        raise UserError(f"the {split} split has no labels, and this evaluation needs them; take a labelled data set")
+    x, y = _with_labels(features, split)
+    if y.ndim == 2 and len(y) == len(x):
+        raise UserError(
+            f"the {split} split has several classes an image (labels {list(y.shape)}), and this evaluation takes one; "
+            "use --on multilabel"
+        )
     if x.ndim != 2 or len(x) == 0 or y.shape != x.shape[:1]:
         raise UserError(
             f"the {split} split has features {list(x.shape)} and labels {list(y.shape)}; "
@@ -93,9 +96,40 @@ def labelled(features: Features, split: str) -> tuple[Tensor, Tensor]:
         )
     if int(y.min()) < 0:
         raise UserError(f"the {split} split has images without label (below 0); leave them out")
+    return _finite(x, split), y.to(x.device)
+
+
+def multi_labelled(features: Features, split: str) -> tuple[Tensor, Tensor]:
+    """The x [N, D] and y [N, C], of 1, 0 and -1, of features that can be evaluated with several classes an image.
+
+    Raises UserError when labels are missing or do not fit, RunError when a feature is not finite.
+    """
+    x, y = _with_labels(features, split)
+    if y.ndim == 1:
+        raise UserError(
+            f"the {split} split has one class an image, and multilabel takes several; use --on knn, linear or "
+            "linear_fast, or a multi-label data set such as voc07"
+        )
+    if x.ndim != 2 or len(x) == 0 or y.ndim != 2 or len(y) != len(x):
+        raise UserError(
+            f"the {split} split has features {list(x.shape)} and labels {list(y.shape)}; "
+            "[N, D] and [N, C] are needed, with N above 0"
+        )
+    if not bool(((y >= -1) & (y <= 1)).all()):
+        raise UserError(f"the {split} split has labels other than 1 (present), 0 (absent) and -1 (left out)")
+    return _finite(x, split), y.to(x.device)
+
+
+def _with_labels(features: Features, split: str) -> tuple[Tensor, Tensor]:
+    if features.y is None:
+        raise UserError(f"the {split} split has no labels, and this evaluation needs them; take a labelled data set")
+    return features.x, features.y
+
+
+def _finite(x: Tensor, split: str) -> Tensor:
     if not bool(torch.isfinite(x).all()):
         raise RunError(f"the {split} split has features that are not finite: the encoder has diverged")
-    return x, y.to(x.device)
+    return x
 
 
 def labelled_pair(train: Features, test: Features) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], int]:
@@ -104,14 +138,36 @@ def labelled_pair(train: Features, test: Features) -> tuple[tuple[Tensor, Tensor
     Raises UserError as `labelled` does, and when the two splits' widths or classes differ.
     """
     (x, y), (x_test, y_test) = labelled(train, "train"), labelled(test, "test")
-    if x.shape[1] != x_test.shape[1]:
+    _same_kind(train, test)
+    classes = max(int(y.max()) + 1, int(y_test.max()) + 1, len(train.classes))
+    return (x, y), (x_test.to(x), y_test.to(x.device)), classes
+
+
+def multi_labelled_pair(
+    train: Features, test: Features
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[str, ...]]:
+    """(x, y) of both splits on the training features' device, and the classes' names (their numbers, without names).
+
+    Raises UserError as `multi_labelled` does, and when the two splits' widths or classes differ.
+    """
+    (x, y), (x_test, y_test) = multi_labelled(train, "train"), multi_labelled(test, "test")
+    _same_kind(train, test)
+    names = train.classes or test.classes or tuple(str(number) for number in range(y.shape[1]))
+    if not len(names) == y.shape[1] == y_test.shape[1]:
         raise UserError(
-            f"features have {x.shape[1]} dimensions in train and {x_test.shape[1]} in test; use one encoder"
+            f"labels are of {y.shape[1]} classes in train and {y_test.shape[1]} in test, and there are {len(names)} "
+            "names; give two splits of one data set"
+        )
+    return (x, y), (x_test.to(x), y_test.to(x.device)), names
+
+
+def _same_kind(train: Features, test: Features) -> None:
+    if train.x.shape[1] != test.x.shape[1]:
+        raise UserError(
+            f"features have {train.x.shape[1]} dimensions in train and {test.x.shape[1]} in test; use one encoder"
         )
     if train.classes and test.classes and train.classes != test.classes:
         raise UserError("the train and test splits have different classes; give two splits of one data set")
-    classes = max(int(y.max()) + 1, int(y_test.max()) + 1, len(train.classes))
-    return (x, y), (x_test.to(x), y_test.to(x.device)), classes
 
 
 def accuracies(scores: Tensor, y: Tensor) -> dict[str, float]:
