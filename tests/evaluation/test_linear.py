@@ -258,9 +258,9 @@ def test_top5_needs_more_than_five_classes(function, config: Section) -> None:
 
 
 def test_the_table_of_evaluations() -> None:
-    assert set(EVALUATIONS) == {"knn", "linear", "linear_fast"}
+    assert set(EVALUATIONS) == {"knn", "linear", "linear_fast", "finetune", "head", "multilabel"}
     train, test = blobs()
-    for evaluation in EVALUATIONS.values():
-        metrics = evaluation.function(train, test, evaluation.config())
-        assert metrics["top1"] > 50.0
+    for name, evaluation in EVALUATIONS.items():
         assert evaluation.description
+        if name in ("knn", "linear", "linear_fast"):  # the others need images, a folder, or several labels an image
+            assert evaluation.function(train, test, evaluation.config())["top1"] > 50.0

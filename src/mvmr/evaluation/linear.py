@@ -85,12 +85,18 @@ def linear_fast(train: Features, test: Features, config: LinearFastConfig) -> di
     (x, y), (x_test, y_test), classes = labelled_pair(train, test)
     generator = torch.Generator().manual_seed(config.seed)
     x, y = _some_labels(x, y, train.classes, config.labels_per_class, generator)
+    weight, bias = standardised_regression(x, y, classes=classes, config=config)
+    return {**accuracies(functional.linear(x_test, weight, bias), y_test), "n_train": float(len(x))}
+
+
+def standardised_regression(x: Tensor, y: Tensor, *, classes: int, config: LinearFastConfig) -> tuple[Tensor, Tensor]:
+    """(weight [C, D], bias [C]), for features as they are, of the regression solved on standardised ones."""
     shift, scale = standardisation(x)
     weight, bias = logistic_regression(
         (x - shift) * scale, y, classes=classes, l2=config.l2 / len(x), max_iterations=config.max_iterations
     )
-    scores = functional.linear((x_test - shift) * scale, weight, bias)
-    return {**accuracies(scores, y_test), "n_train": float(len(x))}
+    weight = weight * scale
+    return weight, bias - weight @ shift
 
 
 def standardisation(x: Tensor) -> tuple[Tensor, Tensor]:
