@@ -23,7 +23,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("mvmr.representations",),
     ("mvmr.data.module",),
     ("mvmr.methods",),
-    ("mvmr.config",),
+    ("mvmr.config", "mvmr.protocols"),
     ("mvmr.engine",),
     ("mvmr.api",),
     ("mvmr",),

@@ -21,6 +21,8 @@ COMMON: dict[str, Any] = {
     "schedule": {"epochs": 2, "warmup_epochs": 0.5},
     "engine": {"accelerator": "cpu", "log_every_steps": 1, "tensorboard": False},
     "online": {"every_epochs": 0, "knn_every_epochs": 0},
+    # Bit-exact comparisons are with representations computed at every step; test_cached.py has the others.
+    "cache": {"enabled": False},
 }
 
 # One entry a method: what it needs beside COMMON.

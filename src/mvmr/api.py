@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,26 +15,37 @@ import yaml
 
 from mvmr.config import load
 from mvmr.data.datasets import DATASETS
-from mvmr.data.sources import DataConfig, ImageSource, open_source
+from mvmr.data.sources import DataConfig, ImageSource, Progress, open_source
 from mvmr.engine.train import CONFIG
 from mvmr.engine.train import train as train_run
 from mvmr.errors import UserError
-from mvmr.evaluation import EVALUATIONS
+from mvmr.evaluation import EVALUATIONS, Workplace
 from mvmr.evaluation.features import features_of
+from mvmr.nets.released import ReleasedInput
 from mvmr.nets.weights import Encoder, load_encoder, random_encoder
+from mvmr.protocols import Protocol, load_protocol
 from mvmr.types import Features, Result
 
 
 def train(
-    recipe: str | Path, *, out: str | Path | None = None, resume: bool = False, quiet: bool = False, **overrides: Any
+    recipe: str | Path,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+    teachers: Mapping[str, Any] | None = None,
+    **overrides: Any,
 ) -> Path:
     """Train a recipe (a shipped one's name or a YAML file); returns the run folder.
 
-    Overrides are keys of the recipe: `schedule={"epochs": 5}` or `**{"schedule.epochs": 5}`.
+    teachers: frozen networks to distil by name, each an nn.Module or any function of images [B, 3, S, S]; they join
+    the recipe's representations. Overrides are keys of the recipe: `schedule={"epochs": 5}` or
+    `**{"schedule.epochs": 5}`. Raises UserError and RunError.
     """
-    run = load(recipe, flat(overrides))
+    given = {f"representations.{name}": {"kind": "teacher", "model": "python"} for name in teachers or {}}
+    run = load(recipe, {**given, **flat(overrides)})
     folder = Path(out) if out is not None else default_folder(recipe, run.name)
-    return train_run(run, folder, resume=resume, quiet=quiet)
+    return train_run(run, folder, resume=resume, quiet=quiet, teachers=teachers)
 
 
 def default_folder(recipe: str | Path, name: str) -> Path:
@@ -47,40 +59,67 @@ def evaluate(
     *,
     data: str | None = None,
     root: str | Path | None = None,
-    on: Sequence[str] = ("knn",),
+    on: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
     random: bool = False,
+    recipe: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> list[Result]:
-    """Evaluate a frozen encoder: train on the training split's features, measure on the test split's.
+    """Evaluate an encoder: train on the training split, measure on the test split; the encoder stays as it is.
 
-    encoder: a run folder, an encoder.safetensors, timm:NAME, torchvision:NAME, or a loaded Encoder.
-    data: a name of DATASETS; by default what the run was trained on. on: names of EVALUATIONS.
-    settings: of the evaluations, for example {"linear_fast.labels_per_class": 10, "knn.k": 5}.
-    random: also evaluate the same net with random weights, named "random".
-    Results of a run folder are also written to its results/EVALUATION-DATA.json. Raises UserError.
+    encoder: a run folder, an encoder.safetensors, a released checkpoint, timm:NAME, torchvision:NAME, or a loaded
+    Encoder. data: a name of DATASETS; by default the recipe's, or what the run was trained on. on: names of
+    EVALUATIONS; by default the recipe's, or knn. settings: of the evaluations, as {"knn.k": 5}. random: also evaluate
+    the same net with random weights, named "random". recipe: an evaluation recipe, a shipped one's name or a YAML file;
+    what else is given comes on top. progress: called as (what, done, total). Results of a run folder are also written
+    to its results/EVALUATION-DATA.json. Raises UserError.
     """
+    protocol = load_protocol(recipe) if recipe is not None else Protocol()
+    on = tuple(on) or protocol.evaluations
     _check_evaluations(on)
-    loaded = encoder if isinstance(encoder, Encoder) else load_encoder(encoder)
-    config = data_config(encoder, data, root)
-    configs = {name: _settings_of(name, settings or {}) for name in on}
+    given = {**flat(protocol.settings), **flat(settings or {})}
+    configs = {name: _settings_of(name, given, folder=_folder_of(encoder)) for name in on}
+    loaded = _loaded(encoder, data or protocol.data.get("name"))
+    config = data_config(encoder, data, root, protocol.data)
     encoders = {str(encoder) if not isinstance(encoder, Encoder) else "encoder": loaded}
     if random:
         encoders["random"] = random_encoder(loaded.card, seed=0)
     sources = {split: open_source(config, split, size=loaded.card.image_size) for split in ("train", "test")}
-    results = []
+    folder, results = _folder_of(encoder), []
     for name, net in encoders.items():
-        started = time.monotonic()
-        parts = {split: _features(net, source, config) for split, source in sources.items()}
-        extraction = time.monotonic() - started
-        for kind, chosen in configs.items():
-            started = time.monotonic()
-            metrics = EVALUATIONS[kind].function(parts["train"], parts["test"], chosen)
-            seconds = extraction + time.monotonic() - started
-            results.append(Result(kind, config.name, "test", metrics, chosen.model_dump(mode="json"), name, seconds))
-    if not isinstance(encoder, Encoder) and Path(encoder).is_dir():
-        for result in results:
-            _write_result(Path(encoder), result)
+        out = folder if name != "random" else None
+        for result in _evaluated(net, name, sources, configs, config, out, progress):
+            results.append(result)
+            if folder is not None:
+                _write_result(folder, result)
     return results
+
+
+def _evaluated(
+    net: Encoder,
+    name: str,
+    sources: Mapping[str, ImageSource],
+    configs: Mapping[str, Any],
+    data: DataConfig,
+    folder: Path | None,
+    progress: Progress | None,
+) -> Iterator[Result]:
+    """One encoder's results; its features are extracted once, and only where an evaluation wants them."""
+    extraction, parts = 0.0, {}
+    if any(EVALUATIONS[kind].on == "features" for kind in configs):
+        started = time.monotonic()
+        parts = {split: _features(net, source, data, progress) for split, source in sources.items()}
+        extraction = time.monotonic() - started
+    for kind, chosen in configs.items():
+        started, evaluation = time.monotonic(), EVALUATIONS[kind]
+        if evaluation.on == "features":
+            metrics = evaluation.function(parts["train"], parts["test"], chosen)
+        else:
+            out = None if folder is None else folder / f"{kind}-{data.name}"
+            place = Workplace(device(), data.workers, out, progress)
+            metrics = evaluation.function(net, sources["train"], sources["test"], chosen, place)
+        seconds = time.monotonic() - started + (extraction if evaluation.on == "features" else 0.0)
+        yield Result(kind, data.name, "test", metrics, chosen.model_dump(mode="json"), name, seconds)
 
 
 def embed(
@@ -94,7 +133,7 @@ def embed(
     """Features [N, D] of every image of a split; `out` (.npz) gets features, labels, classes and file names."""
     if out is not None and Path(out).suffix != ".npz":
         raise UserError(f"--out {out}: features are written as .npz; give a name that ends in .npz")
-    loaded = encoder if isinstance(encoder, Encoder) else load_encoder(encoder)
+    loaded = _loaded(encoder, data)
     config = data_config(encoder, data, root)
     source = open_source(config, split, size=loaded.card.image_size)
     features = _features(loaded, source, config)
@@ -103,13 +142,20 @@ def embed(
     return features
 
 
-def data_config(encoder: str | Path | Encoder, data: str | None, root: str | Path | None) -> DataConfig:
-    """The data section to evaluate on: the run's own, or the named data set's."""
+def data_config(
+    encoder: str | Path | Encoder,
+    data: str | None,
+    root: str | Path | None,
+    proposed: Mapping[str, Any] | None = None,
+) -> DataConfig:
+    """The data section to evaluate on: the named data set's, else the `proposed` one, else the run's own."""
+    folder = None if isinstance(encoder, Encoder) else _folder_of(encoder) or Path(encoder).parent
     own: dict[str, Any] = {}
-    if not isinstance(encoder, Encoder):
-        folder = Path(encoder) if Path(encoder).is_dir() else Path(encoder).parent
-        if (folder / CONFIG).is_file():
-            own = yaml.safe_load((folder / CONFIG).read_text()).get("data", {})
+    if folder is not None and (folder / CONFIG).is_file():
+        own = yaml.safe_load((folder / CONFIG).read_text()).get("data", {})
+    if proposed and data in (None, proposed.get("name")):
+        # Of the run's own section, where the same data lie is still true.
+        own = {**(own if own.get("name") == proposed.get("name") else {}), **proposed}
     if data is None and not own:
         raise UserError(f"--data is missing: name the data set to use, one of {', '.join(sorted(DATASETS))}")
     if data is not None and data not in DATASETS:
@@ -119,6 +165,19 @@ def data_config(encoder: str | Path | Encoder, data: str | None, root: str | Pat
     # `limit` shortens pretraining, not what an evaluation is measured on.
     changed = {**own, "limit": None, **({"root": str(root)} if root is not None else {})}
     return DataConfig.model_validate(changed)
+
+
+def _loaded(encoder: str | Path | Encoder, data: str | None) -> Encoder:
+    """The encoder; a released checkpoint, which does not say what images it wants, gets the data set's constants."""
+    if isinstance(encoder, Encoder):
+        return encoder
+    known = DATASETS.get(data or "")
+    return load_encoder(encoder, released=ReleasedInput(known.size, known.mean, known.std) if known else None)
+
+
+def _folder_of(encoder: str | Path | Encoder) -> Path | None:
+    """The run folder that an encoder is given by, if it is."""
+    return Path(encoder) if not isinstance(encoder, Encoder) and Path(encoder).is_dir() else None
 
 
 def device() -> torch.device:
@@ -137,8 +196,9 @@ def flat(overrides: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return pairs
 
 
-def _features(encoder: Encoder, source: ImageSource, config: DataConfig) -> Features:
-    return features_of(encoder, source, workers=config.workers, device=device())
+def _features(encoder: Encoder, source: ImageSource, config: DataConfig, progress: Progress | None = None) -> Features:
+    told = None if progress is None else partial(progress, f"features of {source.name}")
+    return features_of(encoder, source, workers=config.workers, device=device(), progress=told)
 
 
 def _check_evaluations(on: Iterable[str]) -> None:
@@ -147,16 +207,17 @@ def _check_evaluations(on: Iterable[str]) -> None:
         raise UserError(f"--on {','.join(unknown)}: no such evaluation; known: {', '.join(sorted(EVALUATIONS))}")
 
 
-def _settings_of(evaluation: str, settings: Mapping[str, Any]) -> Any:
-    """One evaluation's settings out of {"knn.k": 5, ...}."""
+def _settings_of(evaluation: str, settings: Mapping[str, Any], *, folder: Path | None) -> Any:
+    """One evaluation's settings out of {"knn.k": 5, ...}; `folder`, where it has that setting, is the run folder."""
     from pydantic import ValidationError
 
+    place = {"folder": folder} if folder is not None and "folder" in EVALUATIONS[evaluation].config.model_fields else {}
     given = {key.partition(".")[2]: value for key, value in settings.items() if key.partition(".")[0] == evaluation}
     foreign = [key for key in settings if key.partition(".")[0] not in EVALUATIONS]
     if foreign:
         raise UserError(f"{', '.join(foreign)}: settings are written EVALUATION.key=value, for example knn.k=5")
     try:
-        return EVALUATIONS[evaluation].config.model_validate(given)
+        return EVALUATIONS[evaluation].config.model_validate({**place, **given})
     except ValidationError as error:
         known = ", ".join(sorted(EVALUATIONS[evaluation].config.model_fields))
         problems = "; ".join(f"{evaluation}.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())

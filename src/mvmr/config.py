@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, SerializeAsAny, ValidationError, create_model, model_validator
+from pydantic import Field, SerializeAsAny, ValidationError, create_model, field_validator, model_validator
 
 from mvmr.data.datasets import DATASETS
 from mvmr.data.sources import DataConfig
@@ -18,6 +18,7 @@ from mvmr.errors import UserError, nearest
 from mvmr.methods import METHODS, MethodConfig
 from mvmr.nets.encoders import EncoderConfig
 from mvmr.representations import resolve_settings
+from mvmr.representations.cache import CacheConfig
 from mvmr.types import Section
 
 
@@ -28,6 +29,8 @@ class OptimizerConfig(Section):
     """adam, adamw, sgd or lars."""
     lr: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Peak learning rate; auto is the method's base rate x data.batch_size / 256."""
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    """Multiplies the encoder's rate once for every layer below its last (BEiT, MAE: 0.65 to 0.75); null: one rate."""
     weight_decay: float = Field(1e-6, ge=0)
     """Weight decay (an L2 term in adam and sgd, decoupled in adamw)."""
     decay_biases_and_norms: bool = False
@@ -107,6 +110,8 @@ class OnlineConfig(Section):
     """Neighbours."""
     knn_temperature: float = Field(0.07, gt=0)
     """Temperature of their weights."""
+    head: bool = True
+    """With kNN, also a linear head on the same features; the last one is kept as head.safetensors."""
 
 
 class Run(Section):
@@ -124,6 +129,8 @@ class Run(Section):
     """What is cropped and changed."""
     representations: dict[str, dict[str, Any]] = {}
     """Fixed maps of the plain image by name, each with its settings."""
+    cache: CacheConfig = CacheConfig()
+    """What is kept of them, computed once; `cache: off` computes them at every step."""
     encoder: EncoderConfig = EncoderConfig()
     """The network that is kept."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -142,6 +149,13 @@ class Run(Section):
             kept = {name: settings for name, settings in given["representations"].items() if settings is not None}
             return {**given, "representations": kept}
         return given
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _switch(cls, given: Any) -> Any:
+        # YAML reads a bare `off` as false.
+        switches = {False: {"enabled": False}, True: {}, "off": {"enabled": False}, "on": {}}
+        return switches.get(given, given) if isinstance(given, bool | str) else given
 
     @model_validator(mode="after")
     def _fill_normalisation(self) -> Run:

@@ -15,7 +15,8 @@ def evaluate(
     ] = None,
     data: Annotated[str | None, typer.Option(help="Data set (`mvmr list data`); by default the run's own.")] = None,
     root: Annotated[Path | None, typer.Option(help="Its folder.")] = None,
-    on: Annotated[str, typer.Option(help="Evaluations, separated by commas (`mvmr list evaluations`).")] = "knn",
+    on: Annotated[str, typer.Option(help="Evaluations, separated by commas (`mvmr list evaluations`); or knn.")] = "",
+    recipe: Annotated[str | None, typer.Option(help="An evaluation recipe (`mvmr list recipes`) or YAML file.")] = None,
     random: Annotated[bool, typer.Option("--random", help="Also the same net with random weights.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
@@ -23,8 +24,12 @@ def evaluate(
     from mvmr.api import evaluate as evaluate_encoder
     from mvmr.cli.screen import show_results
     from mvmr.config import pairs
+    from mvmr.engine.progress import counting
 
     chosen = dict(pairs(settings or ()))
     names = [name for name in on.split(",") if name]
-    results = evaluate_encoder(encoder, data=data, root=root, on=names, settings=chosen, random=random)
+    with counting() as progress:
+        results = evaluate_encoder(
+            encoder, data=data, root=root, on=names, settings=chosen, random=random, recipe=recipe, progress=progress
+        )
     show_results(results, as_json=as_json)

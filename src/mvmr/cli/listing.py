@@ -62,12 +62,12 @@ def _recipes() -> dict[str, str]:
     from importlib import resources
 
     from mvmr.config import recipe_names
+    from mvmr.protocols import FOLDER, protocol_names
 
-    found = {}
-    for name in recipe_names():
-        lines = (resources.files("mvmr.recipes") / f"{name}.yaml").read_text().splitlines()
-        found[name] = lines[0].lstrip("# ").strip()
-    return found
+    folder = resources.files("mvmr.recipes")
+    files = {name: folder / f"{name}.yaml" for name in recipe_names()}
+    files |= {name: folder / FOLDER / f"{name}.yaml" for name in protocol_names()}
+    return {name: file.read_text().splitlines()[0].lstrip("# ").strip() for name, file in files.items()}
 
 
 def _first_line(thing: object) -> str:

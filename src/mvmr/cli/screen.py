@@ -46,7 +46,8 @@ def show_results(results: Sequence[Result], *, as_json: bool) -> None:
     if as_json:
         show_json({"results": [asdict(result) for result in results]})
         return
-    names = sorted({name for result in results for name in result.metrics})
+    # Values of single classes (ap11/dog) are in the JSON and the results folder.
+    names = sorted({name for result in results for name in result.metrics if "/" not in name})
     rows = [
         [result.encoder, result.evaluation, *(_number(result.metrics.get(name)) for name in names)]
         for result in results

@@ -28,6 +28,8 @@ class TrainingData(LightningDataModule):
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self.weights: Callable[[], Tensor | None] | None = None
         """Called when an epoch starts; the engine sets it, so that relabelling comes before sampling."""
+        self.prepare: Callable[[], None] | None = None
+        """Called once the ranks have met and before the first batch; the engine sets it, to fill the cache."""
         self._loader: Loader | None = None
         self._resumed: dict[str, int] | None = None
 
@@ -37,6 +39,10 @@ class TrainingData(LightningDataModule):
             self.source, batch_size=self.batch_size, seed=self.seed, rank=rank, world_size=world_size,
             workers=self.workers, start=start, weights=self.weights,
         )  # fmt: skip
+
+    def setup(self, stage: Any) -> None:
+        if self.prepare is not None:
+            self.prepare()
 
     def train_dataloader(self) -> Loader:
         assert self.trainer is not None
@@ -62,7 +68,7 @@ class TrainingData(LightningDataModule):
         return self.maker.to(device)(batch, device)
 
     def teardown(self, stage: Any) -> None:
-        self.weights = None
+        self.weights = self.prepare = None
 
 
 def on_device_if_it_fits(source: ImageSource, device: torch.device) -> ImageSource:

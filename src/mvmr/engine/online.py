@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
+from pathlib import Path
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.nn import functional
 
 from mvmr.config import OnlineConfig
 from mvmr.data.batches import BatchMaker
@@ -16,8 +17,10 @@ from mvmr.data.sources import ImageSource, subset
 from mvmr.engine.metrics import Metrics
 from mvmr.engine.module import Adapter
 from mvmr.evaluation.diagnostics import collapse_warning, embedding_std, rankme
-from mvmr.evaluation.features import extract
+from mvmr.evaluation.features import accuracies, extract, labelled_pair
+from mvmr.evaluation.head import save_head
 from mvmr.evaluation.knn import KNNConfig, knn
+from mvmr.evaluation.linear import LinearFastConfig, standardised_regression
 from mvmr.losses.distance_correlation import centred_distances, correlation_of
 from mvmr.nets.weights import Encoder, EncoderCard
 from mvmr.ops.random import permutation
@@ -36,9 +39,11 @@ class Online(Callback):
         source: ImageSource,
         maker: BatchMaker,
         labelled: tuple[ImageSource, ImageSource] | None,
+        folder: Path,
     ):
-        self.config, self.metrics, self.card = config, metrics, card
-        self.watched = some_of(source, config.images)
+        self.config, self.metrics, self.card, self.folder = config, metrics, card, folder
+        self.positions = some_positions(len(source), config.images)
+        self.watched = subset(source, self.positions)
         self.maker = maker
         self.labelled = labelled and tuple(some_of(part, config.knn_images) for part in labelled)
         self._warned = False
@@ -52,7 +57,7 @@ class Online(Callback):
             if due(self.config.every_epochs, epoch, last):
                 record |= self.diagnose(pl_module)
             if self.labelled and due(self.config.knn_every_epochs, epoch, last):
-                record |= {f"knn/{name}": value for name, value in self.neighbours(pl_module).items()}
+                record |= self.judge(pl_module)
             if record:
                 self.metrics.file.write({"step": trainer.global_step, "epoch": trainer.current_epoch, **record})
         trainer.strategy.barrier("online")
@@ -70,7 +75,7 @@ class Online(Callback):
         x = self.features(adapter, self.watched)
         record = {"embedding_std": embedding_std(x), "rankme": rankme(x)}
         own = centred_distances(x, estimator="u")
-        for name, theirs in self.distances().items():
+        for name, theirs in self.distances(adapter.device).items():
             record[f"dependence/{name}"] = correlation_of(own, theirs, power=2, estimator="u").item()
         sentence = collapse_warning(record, x.shape[1])
         if sentence and not self._warned:
@@ -78,23 +83,33 @@ class Online(Callback):
             warnings.warn(f"epoch {adapter.current_epoch + 1}: {sentence}", stacklevel=2)
         return record
 
-    def distances(self) -> dict[str, Tensor]:
+    def distances(self, device: torch.device) -> dict[str, Tensor]:
         """{name: [N, N]} centred distances of the watched images' representations; they do not change, so made once."""
         if self._distances is None:
-            maker = BatchMaker(self.maker.views, copy.deepcopy(self.maker.representations).cpu())
-            parts = []
+            maker, parts = self.maker.to(device), []
             for index, images in plain_batches(self.watched, batch_size=256, size=self.card.image_size, workers=0):
-                parts.append(maker.features(maker.views(images, index, 0)["plain"][0], index, 0))
-            names = list(self.maker.representations)
+                plain = maker.views(images.to(device), index, 0)["plain"][0]
+                features = maker.features(plain, self.positions[index], 0)
+                parts.append({name: rows.cpu() for name, rows in features.items()})
             self._distances = {
-                name: centred_distances(torch.cat([part[name] for part in parts]), estimator="u") for name in names
+                name: centred_distances(torch.cat([part[name] for part in parts]), estimator="u")
+                for name in maker.representations
             }
         return self._distances
 
-    def neighbours(self, adapter: Adapter) -> dict[str, float]:
+    def judge(self, adapter: Adapter) -> dict[str, float]:
+        """Accuracy of kNN and of a linear head on the same features, by the evaluations' functions; keeps the head."""
         assert self.labelled
         train, test = (Features(self.features(adapter, part), part.labels, part.classes) for part in self.labelled)
-        return knn(train, test, KNNConfig(k=self.config.knn_k, temperature=self.config.knn_temperature))
+        found = knn(train, test, KNNConfig(k=self.config.knn_k, temperature=self.config.knn_temperature))
+        record = {f"knn/{name}": value for name, value in found.items()}
+        if self.config.head:
+            (x, y), (x_test, y_test), classes = labelled_pair(train, test)
+            weight, bias = standardised_regression(x, y, classes=classes, config=LinearFastConfig())
+            save_head(self.folder, weight, bias, train.classes)
+            scores = functional.linear(x_test, weight, bias)
+            record |= {f"head/{name}": value for name, value in accuracies(scores, y_test).items()}
+        return record
 
 
 def due(every: int, epoch: int, last: bool) -> bool:
@@ -104,6 +119,9 @@ def due(every: int, epoch: int, last: bool) -> bool:
 
 def some_of(source: ImageSource, images: int) -> ImageSource:
     """At most `images` of a source, the same ones in every run."""
-    if len(source) <= images:
-        return source
-    return subset(source, permutation(0, 0, len(source))[:images].sort().values)
+    return source if len(source) <= images else subset(source, some_positions(len(source), images))
+
+
+def some_positions(count: int, most: int) -> Tensor:
+    """At most so many of the positions below `count`, in order, the same ones in every run."""
+    return permutation(0, 0, count)[:most].sort().values

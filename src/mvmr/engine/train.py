@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mvmr.config import OnlineConfig, Run
 from mvmr.data.batches import BatchMaker
 from mvmr.data.datasets import DATASETS
 from mvmr.data.files import write_unreadable
-from mvmr.data.module import TrainingData
+from mvmr.data.module import SHARE, TrainingData
 from mvmr.data.sources import ImageSource, Progress, open_source
 from mvmr.data.views import ViewMaker
 from mvmr.engine.checkpoints import LAST, Checkpoints
@@ -35,6 +36,7 @@ from mvmr.methods import METHODS, Method
 from mvmr.nets.encoders import build_encoder
 from mvmr.nets.weights import ENCODER_FILE, EncoderCard, save_encoder
 from mvmr.representations import build_representations
+from mvmr.representations.cache import CacheRequest, cache_representations
 
 CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
 # What changes where a run is computed or how it is watched, not what it learns: a resumed run may change it.
@@ -57,15 +59,17 @@ class Parts:
     card: EncoderCard
 
 
-def train(run: Run, out: Path, *, resume: bool = False, quiet: bool = False) -> Path:
-    """Train `run` into the folder `out`; returns the folder.
+def train(
+    run: Run, out: Path, *, resume: bool = False, quiet: bool = False, teachers: Mapping[str, Any] | None = None
+) -> Path:
+    """Train `run` into the folder `out`; returns the folder. teachers: those of `model: python`, by name.
 
     Raises UserError for settings, data or a folder that do not fit, RunError when the loss is not finite or the disk is
     full.
     """
     _claim(out, run, resume=resume)
     with counting(quiet=quiet or not is_first_rank()) as progress:
-        parts = build(run, progress=progress)
+        parts = build(run, progress=progress, teachers=teachers)
     trainer, adapter, data = assemble(run, parts, out, quiet=quiet)
     if is_first_rank():
         _write_start(out, run, parts.source)
@@ -92,14 +96,16 @@ def is_first_rank() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def build(run: Run, *, progress: Progress | None = None) -> Parts:
+def build(run: Run, *, progress: Progress | None = None, teachers: Mapping[str, Any] | None = None) -> Parts:
     """The networks under the run's seed, the images, and the maker of batches."""
     mean, std = run.data.mean, run.data.std
     assert mean is not None  # a Run fills them
     assert std is not None
     source = open_source(run.data, "pretrain", size=run.views.size, seed=run.seed, progress=progress)
     views = ViewMaker(run.views, mean=mean, std=std, seed=run.seed)
-    representations = build_representations(run.representations, mean=mean, std=std, seed=run.seed)
+    representations = build_representations(
+        run.representations, mean=mean, std=std, seed=run.seed, teachers=teachers or {}
+    )
     with torch.random.fork_rng():
         torch.manual_seed(run.seed)
         encoder, dim = build_encoder(run.encoder)
@@ -123,7 +129,10 @@ def assemble(run: Run, parts: Parts, out: Path, *, quiet: bool) -> tuple[Trainer
         MetricsFile(out, tensorboard=run.engine.tensorboard),
         every_steps=run.engine.log_every_steps, batch_size=run.data.batch_size,
     )  # fmt: skip
-    online = Online(run.online, metrics, parts.card, source=parts.source, maker=parts.maker, labelled=_labelled(run))
+    online = Online(
+        run.online, metrics, parts.card,
+        source=parts.source, maker=parts.maker, labelled=_labelled(run), folder=out,
+    )  # fmt: skip
     checkpoints = Checkpoints(
         out / "checkpoints",
         every_steps=run.engine.checkpoint_every_steps,
@@ -131,7 +140,30 @@ def assemble(run: Run, parts: Parts, out: Path, *, quiet: bool) -> tuple[Trainer
     )
     # The order matters: a checkpoint comes after everything that its epoch writes to metrics.jsonl.
     callbacks = [metrics, ProgressBar(metrics, quiet=quiet), online, checkpoints]
-    return trainer_of(run, callbacks), adapter, data
+    trainer = trainer_of(run, callbacks)
+    data.prepare = partial(keep_representations, run, parts, trainer, quiet=quiet)
+    return trainer, adapter, data
+
+
+def keep_representations(run: Run, parts: Parts, trainer: Trainer, *, quiet: bool) -> None:
+    """Fill the cache of representations, or find it filled; from now on batches look them up."""
+    if not run.cache.enabled:
+        return
+    assert run.data.mean is not None
+    assert run.data.std is not None
+    device = trainer.strategy.root_device
+    with counting(quiet=quiet or not trainer.is_global_zero) as progress:
+        request = CacheRequest(
+            size=run.views.size, mean=run.data.mean, std=run.data.std, folder=run.data.cache, device=device,
+            workers=run.data.workers, rank=trainer.global_rank, world_size=trainer.world_size,
+            barrier=trainer.strategy.barrier, progress=progress,
+        )  # fmt: skip
+        kept = cache_representations(parts.source, parts.maker.representations, run.cache, request=request)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if sum(rows.nbytes for rows in kept.values()) < SHARE * free:
+            kept = {name: rows.resident(device) for name, rows in kept.items()}
+    parts.maker.kept = {name: rows.rows for name, rows in kept.items()}
 
 
 def trainer_of(run: Run, callbacks: list[Callback]) -> Trainer:
@@ -169,6 +201,8 @@ def _labelled(run: Run) -> tuple[ImageSource, ImageSource] | None:
         test = open_source(run.data, "test", size=run.views.size, seed=run.seed)
     except UserError as error:  # pretraining does not need labelled splits
         warnings.warn(f"online kNN is off: {error}", stacklevel=2)
+        return None
+    if train.labels is not None and train.labels.ndim > 1:  # several labels an image: not for nearest neighbours
         return None
     return train, test
 
