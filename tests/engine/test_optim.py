@@ -4,12 +4,17 @@ import copy
 import io
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mvmr.engine.optim import LARS, OptimizerConfig, build_optimizer
+from mvmr.engine.module import Adapter
+from mvmr.engine.optim import LARS, OptimizerConfig, build_optimizer, decayed_rates
+from mvmr.errors import UserError
+from mvmr.methods import MVMR
+from tiny import parts_and_data, tiny
 
 RATES = [0.1, 0.3, 0.5, 0.4, 0.2, 0.05]
 
@@ -254,3 +259,74 @@ def test_a_setting_without_effect_is_named() -> None:
 def test_nothing_to_train_is_said() -> None:
     with pytest.raises(ValueError, match="no parameter to train"):
         build_optimizer([{"params": [nn.Parameter(torch.ones(1), requires_grad=False)]}], OptimizerConfig(), 0.1)
+
+
+def test_scaled_parameters_share_groups_with_their_equals() -> None:
+    model = network()
+    first, norm, last = model[0], model[1], model[3]
+    scales = {**dict.fromkeys([*first.parameters(), *norm.parameters()], 0.25), last.weight: 0.5}
+    config = OptimizerConfig(name="lars", weight_decay=0.01)
+    optimizer = build_optimizer([{"params": model.parameters(), "lr_scale": 2.0}], config, 0.1, scales=scales)
+    found = [(g["lr"], g["weight_decay"], g["adapt"], list(map(id, g["params"]))) for g in optimizer.param_groups]
+    assert found == [
+        (pytest.approx(0.2), 0.0, False, [id(last.bias)]),  # not named: at the full rate
+        (pytest.approx(0.1), 0.01, True, [id(last.weight)]),
+        (pytest.approx(0.05), 0.01, True, [id(first.weight)]),
+        (pytest.approx(0.05), 0.0, False, [id(first.bias), id(norm.weight), id(norm.bias)]),
+    ]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    optimizer.step()
+    scheduler.step()
+    assert scheduler.get_last_lr() == pytest.approx([0.1, 0.05, 0.025, 0.025])
+
+
+def test_scales_of_one_change_nothing() -> None:
+    model = network()
+    plain = build_optimizer([{"params": model.parameters()}], OptimizerConfig(), 0.1)
+    scaled = build_optimizer(
+        [{"params": model.parameters()}], OptimizerConfig(), 0.1, scales=dict.fromkeys(model.parameters(), 1.0)
+    )
+    assert str(plain) == str(scaled)
+    assert [len(g["params"]) for g in plain.param_groups] == [len(g["params"]) for g in scaled.param_groups]
+
+
+def test_layer_decay_reaches_the_encoder_and_not_the_projector() -> None:
+    run = tiny(optimizer={"lr": 0.1, "layer_decay": 0.5})
+    parts, _ = parts_and_data(run)
+    optimizer = Adapter(parts.method, run, steps_per_epoch=6, source=parts.source).configure_optimizers()["optimizer"]
+    rates = {id(p): group["initial_lr"] for group in optimizer.param_groups for p in group["params"]}
+    encoder, projector = parts.method.encoder, parts.method.projector
+    assert len(rates) == len(list(parts.method.parameters()))
+    assert {rates[id(p)] for p in projector.parameters()} == {0.1}
+    assert rates[id(encoder.layer4[1].conv1.weight)] == pytest.approx(0.1)
+    assert rates[id(encoder.layer4[0].conv1.weight)] == pytest.approx(0.05)
+    assert rates[id(encoder.conv1.weight)] == rates[id(encoder.bn1.bias)] == pytest.approx(0.1 * 0.5**8)
+    assert optimizer.param_groups[0]["initial_lr"] == 0.1, "the rate that is logged is the highest"
+    assert len(optimizer.param_groups) == 2 * 9  # stem and eight blocks, matrices and the rest; the projector joins
+
+
+def test_layer_decay_scales_a_student_whose_average_is_exported() -> None:
+    class Averaged(MVMR):
+        def __init__(self, *args: Any):
+            super().__init__(*args)
+            self.teacher = copy.deepcopy(self.encoder).requires_grad_(False)
+
+        def exported(self) -> nn.Module:
+            return self.teacher
+
+    run = tiny()
+    old = parts_and_data(run)[0].method
+    method = Averaged(old.encoder, old.projector[0].in_features, run.method)
+    rates = decayed_rates(method, 0.5)
+    assert rates[method.encoder.conv1.weight] == rates[method.teacher.conv1.weight] == 0.5**8
+    assert len(rates) == 2 * len(list(method.encoder.parameters()))
+    assert method.projector[0].weight not in rates
+
+
+def test_layer_decay_out_of_range_or_without_layers() -> None:
+    for value in (0, 1.1, -0.5):
+        with pytest.raises(UserError, match=r"optimizer\.layer_decay"):
+            tiny(optimizer={"layer_decay": value})
+    run = tiny()
+    with pytest.raises(UserError, match=r"optimizer\.layer_decay needs"):
+        decayed_rates(MVMR(nn.Flatten(), 3 * 16 * 16, run.method), 0.5)

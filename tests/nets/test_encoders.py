@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torchvision
 from pydantic import ValidationError
+from safetensors.torch import save_file
 from torch import nn
 
 from mvmr.config import parse
 from mvmr.nets.encoders import RESNETS, EncoderConfig, build_encoder
-from mvmr.types import UserError
+from mvmr.nets.weights import Encoder, EncoderCard, load_encoder, save_encoder
+from mvmr.types import Step, UserError
+from tiny import parts_and_data, tiny, weights
 
 
 def without_classifier(name: str) -> nn.Module:
@@ -130,6 +135,10 @@ def test_timm_model_without_that_size_or_tag() -> None:
         ({"name": "timm:resnet10t", "width": 0.5}, r"encoder\.width .* ResNets only"),
         ({"name": "timm:resnet10t", "zero_init_residual": False}, r"encoder\.zero_init_residual .* ResNets only"),
         ({"image_size": 64}, r"encoder\.image_size .* timm models only"),
+        ({"patch_size": 4}, r"encoder\.patch_size .* timm models only"),
+        ({"drop_path": 0.1}, r"encoder\.drop_path .* timm models only"),
+        ({"name": "timm:x", "drop_path": 1.0}, "drop_path"),
+        ({"name": "timm:x", "patch_size": 5, "image_size": 32}, r"image_size=32 .* encoder\.patch_size=5"),
         ({"width": 0}, "width"),
     ],
 )
@@ -148,3 +157,92 @@ def test_timm_and_torchvision_are_imported_only_when_used() -> None:
     code = "import sys, mvmr.nets.encoders, mvmr.nets.weights; print({'timm', 'torchvision'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+VIT = "timm:vit_tiny_patch16_224"
+
+
+def small_vit(**changes: object) -> EncoderConfig:
+    return EncoderConfig(**{"name": VIT, "patch_size": 4, "image_size": 16, "drop_path": 0.1, **changes})
+
+
+def test_a_vit_of_other_patches() -> None:
+    net, dim = build_encoder(small_vit(), side=16)
+    assert net.patch_embed.proj.kernel_size == (4, 4)
+    assert net.pos_embed.shape == (1, 1 + 16, dim)
+    assert net.training
+    assert net(torch.randn(2, 3, 16, 16)).shape == (2, dim) == (2, 192)
+
+
+def test_paths_are_dropped_in_training_only() -> None:
+    torch.manual_seed(0)
+    net, _ = build_encoder(small_vit(drop_path=0.5))
+    assert net.blocks[-1].drop_path1.drop_prob == 0.5
+    images = torch.randn(2, 3, 16, 16)
+    assert not torch.equal(net(images), net(images))
+    net.eval()
+    assert torch.equal(net(images), net(images))
+    kept, _ = build_encoder(small_vit(drop_path=0.0))
+    kept.load_state_dict(net.state_dict())
+    assert torch.equal(kept.train()(images), net(images)), "without dropping, training and evaluation agree"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"patch_size": 4}, r"encoder\.patch_size=4: timm's resnet10t .*vision transformer"),
+        ({"patch_size": 4, "drop_path": 0.1}, r"^encoder\.patch_size=4: timm's"),
+        ({"drop_path": 0.1, "image_size": 32}, r"^encoder\.image_size=32: timm's"),
+    ],
+)
+def test_settings_that_a_timm_model_does_not_take(settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_encoder(EncoderConfig(name="timm:resnet10t", **settings))
+    with pytest.raises(UserError, match=r"encoder\.drop_path=0\.1: .* leave encoder\.drop_path out"):
+        build_encoder(EncoderConfig(name="timm:vgg11", drop_path=0.1))
+
+
+def test_a_model_made_for_another_size_than_the_runs() -> None:
+    remedy = r"224 pixels .* of 32 .*set encoder\.image_size=32.*views\.size=224"
+    with pytest.raises(UserError, match=remedy):
+        build_encoder(EncoderConfig(name=VIT), side=32)
+    with pytest.raises(UserError, match=r"16 pixels .* of 32"):
+        build_encoder(small_vit(), side=32)
+    net, dim = build_encoder(EncoderConfig(name="timm:resnet10t"), side=48)  # takes any size
+    assert net(torch.randn(2, 3, 48, 48)).shape == (2, dim)
+
+
+def test_one_step_of_mvmr_with_a_vit_and_its_file(tmp_path: Path) -> None:
+    run = tiny(encoder=small_vit().model_dump(), data__batch_size=4, data__limit=8)
+    parts, data = parts_and_data(run)
+    before = weights(parts.method)
+    optimizer = torch.optim.AdamW(parts.method.parameters(), lr=1e-3)
+    parts.method.train().loss(parts.maker(next(iter(data.loader()))), Step(0, 10, 5))["loss"].backward()
+    for key, parameter in parts.method.named_parameters():
+        assert parameter.grad is not None, key
+        assert torch.isfinite(parameter.grad).all(), key
+    optimizer.step()
+    moved = {key for key, value in weights(parts.method.encoder).items() if not value.equal(before[f"encoder.{key}"])}
+    assert moved == set(dict(parts.method.encoder.named_parameters()))
+
+    file = save_encoder(tmp_path / "encoder.safetensors", parts.method.exported(), parts.card)
+    loaded = load_encoder(file)
+    assert loaded.card.encoder == small_vit()
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    assert torch.equal(loaded(images), Encoder(parts.method.exported(), parts.card).eval()(images))
+
+
+def test_a_card_from_before_these_settings_still_loads(tmp_path: Path) -> None:
+    config = EncoderConfig(name="timm:resnet10t")
+    net, dim = build_encoder(config)
+    card = EncoderCard(
+        encoder=config, dim=dim, image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3, method="mvmr", data="x", version="0"
+    )
+    old = json.loads(card.model_dump_json())
+    for key in ("patch_size", "drop_path"):
+        del old["encoder"][key]
+    file = tmp_path / "encoder.safetensors"
+    save_file(net.state_dict(), file, metadata={"mvmr": json.dumps(old)})
+    loaded = load_encoder(file)
+    assert loaded.card == card
+    assert loaded.backbone.state_dict()["conv1.0.weight"].equal(net.state_dict()["conv1.0.weight"])

@@ -8,12 +8,14 @@ from typing import NoReturn
 
 import typer
 
+from mvmr.cli.cache import cache
 from mvmr.cli.demo import demo
 from mvmr.cli.doctor import doctor
 from mvmr.cli.embed import embed
 from mvmr.cli.evaluate import evaluate
 from mvmr.cli.listing import list_names
 from mvmr.cli.train import train
+from mvmr.cli.tune import tune
 from mvmr.errors import RunError, UserError
 
 app = typer.Typer(
@@ -22,10 +24,12 @@ app = typer.Typer(
 )  # fmt: skip
 app.command("demo")(demo)
 app.command("train")(train)
+app.command("tune")(tune)
 app.command("evaluate")(evaluate)
 app.command("embed")(embed)
 app.command("list")(list_names)
 app.command("doctor")(doctor)
+app.add_typer(cache, name="cache")
 
 
 def main() -> NoReturn:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mvmr.config import Run
 from mvmr.data.sources import ImageSource
-from mvmr.engine.optim import build_optimizer
+from mvmr.engine.optim import build_optimizer, decayed_rates
 from mvmr.engine.passes import feature_pass
 from mvmr.errors import RunError
 from mvmr.methods import Method
@@ -103,7 +103,9 @@ class Adapter(LightningModule):
         )
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.method.parameter_groups(), self.run.optimizer, self.run.peak_lr)
+        config = self.run.optimizer
+        scales = None if config.layer_decay is None else decayed_rates(self.method, config.layer_decay)
+        optimizer = build_optimizer(self.method.parameter_groups(), config, self.run.peak_lr, scales=scales)
         # Stepped by Lightning once an optimiser step, never by loader steps.
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_scale_at)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

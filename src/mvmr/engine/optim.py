@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from mvmr.config import OptimizerConfig
+from mvmr.methods import Method
+from mvmr.nets.depth import layer_scales
 
-__all__ = ["LARS", "OptimizerConfig", "build_optimizer"]
+__all__ = ["LARS", "OptimizerConfig", "build_optimizer", "decayed_rates"]
 
 # The settings that each optimiser reads beside lr, weight_decay and decay_biases_and_norms.
 _READS = {
@@ -97,17 +99,25 @@ def _trust(parameter: Tensor, direction: Tensor, coefficient: float) -> Tensor:
     return torch.where(usable, coefficient * weight / torch.where(usable, update, 1.0), 1.0)
 
 
-def build_optimizer(groups: Sequence[Mapping[str, Any]], config: OptimizerConfig, lr: float) -> Optimizer:
+def build_optimizer(
+    groups: Sequence[Mapping[str, Any]],
+    config: OptimizerConfig,
+    lr: float,
+    *,
+    scales: Mapping[nn.Parameter, float] | None = None,
+) -> Optimizer:
     """The optimiser of `config` over a method's parameter groups, at peak rate `lr`.
 
     Each group is split: matrices and kernels are decayed (and adapted by LARS); biases and norms, which have at most
     one dimension, are not, unless `decay_biases_and_norms`. Parameters that need no gradient are left out. A group
     may carry "lr_scale" (multiplies `lr`; 1 if absent), its own "weight_decay", and keys of the method's own, all kept.
+    scales: what multiplies the rate of single parameters (layer decay), 1 for those not named; a group is split further
+    into one part a value, the highest rate first.
     Warns about settings that differ from their default though the chosen optimiser does not read them.
     Raises ValueError when no parameter is left to train.
     """
     _warn_of_unread(config)
-    parts = [part for group in groups for part in _split(group, config, lr)]
+    parts = [part for group in groups for part in _split(group, config, lr, scales or {})]
     if not parts:
         raise ValueError("no parameter to train: every parameter of the method is frozen")
     decay = config.weight_decay
@@ -120,21 +130,44 @@ def build_optimizer(groups: Sequence[Mapping[str, Any]], config: OptimizerConfig
     return kind(parts, lr=lr, betas=config.betas, eps=config.epsilon, weight_decay=decay)
 
 
-def _split(group: Mapping[str, Any], config: OptimizerConfig, lr: float) -> list[dict[str, Any]]:
+def decayed_rates(method: Method, decay: float) -> dict[nn.Parameter, float]:
+    """{parameter: what its rate is multiplied by} for every network of the kind that the method exports.
+
+    These are found by class and parameter names, so that a student is scaled where its moving average is exported,
+    and each of several branches. All other parameters (projectors, heads) are not named. Raises UserError.
+    """
+    exported = method.exported()
+    scales = layer_scales(exported, decay)
+    rates: dict[nn.Parameter, float] = {}
+    for module in method.modules():
+        if type(module) is type(exported):
+            own = dict(module.named_parameters())
+            if own.keys() == scales.keys():
+                rates |= {parameter: scales[name] for name, parameter in own.items()}
+    return rates
+
+
+def _split(
+    group: Mapping[str, Any], config: OptimizerConfig, lr: float, scales: Mapping[nn.Parameter, float]
+) -> list[dict[str, Any]]:
     given = group["params"]
-    parameters: list[Tensor] = [given] if isinstance(given, Tensor) else list(given)
+    parameters: list[Any] = [given] if isinstance(given, Tensor) else list(given)
     trained = [p for p in parameters if p.requires_grad]
     shared = {key: value for key, value in group.items() if key != "params"}
-    shared["lr"] = lr * group.get("lr_scale", 1.0)
+    lr *= group.get("lr_scale", 1.0)
 
     def spared(parameter: Tensor) -> bool:
         return parameter.ndim <= 1 and not config.decay_biases_and_norms
 
-    decayed = {**shared, "params": [p for p in trained if not spared(p)]}
-    undecayed = {**shared, "params": [p for p in trained if spared(p)], "weight_decay": 0.0}
-    if config.name == "lars":
-        undecayed["adapt"] = False
-    return [part for part in (decayed, undecayed) if part["params"]]
+    parts = []
+    for scale in sorted({scales.get(p, 1.0) for p in trained}, reverse=True):
+        equal = [p for p in trained if scales.get(p, 1.0) == scale]
+        decayed = {**shared, "lr": lr * scale, "params": [p for p in equal if not spared(p)]}
+        undecayed = {**shared, "lr": lr * scale, "params": [p for p in equal if spared(p)], "weight_decay": 0.0}
+        if config.name == "lars":
+            undecayed["adapt"] = False
+        parts += [decayed, undecayed]
+    return [part for part in parts if part["params"]]
 
 
 def _warn_of_unread(config: OptimizerConfig) -> None:

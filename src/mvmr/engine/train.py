@@ -108,7 +108,7 @@ def build(run: Run, *, progress: Progress | None = None, teachers: Mapping[str, 
     )
     with torch.random.fork_rng():
         torch.manual_seed(run.seed)
-        encoder, dim = build_encoder(run.encoder)
+        encoder, dim = build_encoder(run.encoder, side=run.views.size)
         method = METHODS[run.method.name](encoder, dim, run.method)
     card = EncoderCard(
         encoder=run.encoder, dim=dim, image_size=run.views.size, mean=mean, std=std,

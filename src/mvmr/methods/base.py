@@ -38,6 +38,8 @@ class Method(nn.Module, ABC):
     """One line for lists: the idea and its source."""
     base_lr: ClassVar[float]
     """The paper's learning rate for a batch of 256: `optimizer.lr: auto` scales it linearly with the batch."""
+    loss_is_progress: ClassVar[bool] = True
+    """False where the loss may rise while learning goes well (MoCo's, DINO's): a rate cannot be found by it."""
 
     def __init__(self, encoder: nn.Module, dim: int, config: MethodConfig):
         super().__init__()

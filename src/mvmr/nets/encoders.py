@@ -14,6 +14,13 @@ from mvmr.types import Section
 
 RESNETS = ("resnet18", "resnet34", "resnet50")
 TIMM = "timm:"
+TIMMS_NAME = {"image_size": "img_size", "patch_size": "patch_size", "drop_path": "drop_path_rate"}
+"""What timm's constructors call the settings that are passed to them; not all models take all."""
+REMEDIES = {
+    "image_size": "leave encoder.image_size out where the model takes any size, else take a multiple of its patch size",
+    "patch_size": "leave encoder.patch_size out, or take a vision transformer, whose patches can be of any size",
+    "drop_path": "leave encoder.drop_path out, or take a model with residual branches that can be dropped",
+}
 
 
 class EncoderConfig(Section):
@@ -30,6 +37,11 @@ class EncoderConfig(Section):
     """Start every residual block as the identity. ResNets only."""
     image_size: int | None = Field(default=None, ge=1)
     """Image side a timm model with position embeddings is made for; null: the model's own. timm only."""
+    patch_size: int | None = Field(default=None, ge=1)
+    """Side of a vision transformer's patches; null: the model's own. timm only."""
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+    """Share of images for which the last residual branch is dropped while training; rises linearly with depth from 0
+    (stochastic depth, Huang et al., ECCV 2016). timm only."""
 
     @field_validator("name")
     @classmethod
@@ -44,21 +56,27 @@ class EncoderConfig(Section):
             unused = {"stem": "imagenet", "width": 1.0, "zero_init_residual": True}
             remedy = "applies to the ResNets only: leave it out, or take one of " + ", ".join(RESNETS)
         else:
-            unused = {"image_size": None}
+            unused = {"image_size": None, "patch_size": None, "drop_path": 0.0}
             remedy = "applies to timm models only: leave it out, a ResNet takes images of any size"
         given = [key for key, default in unused.items() if getattr(self, key) != default]
         if given:
             raise UserError(f"encoder.{given[0]} is set with encoder.name={self.name}, but {remedy}")
+        if self.patch_size and self.image_size and self.image_size % self.patch_size:
+            raise UserError(
+                f"encoder.image_size={self.image_size} is no multiple of encoder.patch_size={self.patch_size}: the "
+                "rest of the image would not be seen; take a patch size that divides it"
+            )
         return self
 
 
-def build_encoder(config: EncoderConfig) -> tuple[nn.Module, int]:
+def build_encoder(config: EncoderConfig, *, side: int | None = None) -> tuple[nn.Module, int]:
     """A freshly initialised encoder, normalised [B, 3, H, W] -> [B, D] float, and its D.
 
-    Raises UserError for a timm name that timm does not know, or a size that the model cannot take.
+    side: of the images that it will get, where known, so that a model made for another size is refused at once.
+    Raises UserError for a timm name that timm does not know, or settings or sizes that the model cannot take.
     """
     if config.name.startswith(TIMM):
-        return build_timm(config)
+        return build_timm(config, side=side)
     # torchvision takes about a second to import, so settings can be read without it.
     from mvmr.nets.resnet import LAYOUTS, ResNet
 
@@ -68,7 +86,7 @@ def build_encoder(config: EncoderConfig) -> tuple[nn.Module, int]:
     return net, net.dim
 
 
-def build_timm(config: EncoderConfig, *, pretrained: bool = False) -> tuple[nn.Module, int]:
+def build_timm(config: EncoderConfig, *, pretrained: bool = False, side: int | None = None) -> tuple[nn.Module, int]:
     """The timm model that `config.name` names, without classifier, and the width of what it returns."""
     import timm
 
@@ -77,27 +95,42 @@ def build_timm(config: EncoderConfig, *, pretrained: bool = False) -> tuple[nn.M
         close = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=5, cutoff=0.5)
         hint = f"; close names: {', '.join(close)}" if close else "; timm.list_models() lists all"
         raise UserError(f"encoder.name={config.name}: timm {timm.__version__} has no model of that name{hint}")
-    sized: dict[str, Any] = {} if config.image_size is None else {"img_size": config.image_size}
+    given = {TIMMS_NAME[key]: getattr(config, key) for key in TIMMS_NAME if getattr(config, key)}
     try:
-        net = timm.create_model(name, pretrained=pretrained, num_classes=0, **sized)
+        net = timm.create_model(name, pretrained=pretrained, num_classes=0, **given)
     except RuntimeError as error:  # for example a tag after the name that timm does not have
         raise UserError(f"encoder.name={config.name}: timm cannot make it: {error}") from error
     except (TypeError, AssertionError, ValueError) as error:
-        if not sized:
+        if not given:
             raise
-        raise UserError(
-            f"encoder.image_size={config.image_size}: timm's {name} cannot be made for that size ({error}); leave it "
-            "out where the model takes any size, else take a multiple of its patch size"
-        ) from None
-    return net, _output_width(net, config)
+        raise UserError(_refused(config, name, error)) from None
+    return net, _output_width(net, config, side)
+
+
+def _refused(config: EncoderConfig, name: str, error: Exception) -> str:
+    """What to say of settings that timm's model does not take: the one that its error names, or all that are given."""
+    given = [key for key in TIMMS_NAME if getattr(config, key)]
+    named = [key for key in given if f"'{TIMMS_NAME[key]}'" in str(error)] or given
+    settings = ", ".join(f"encoder.{key}={getattr(config, key)}" for key in named)
+    remedies = "; ".join(REMEDIES[key] for key in named)
+    return f"{settings}: timm's {name} cannot be made so ({error}); {remedies}"
 
 
 @torch.no_grad()
-def _output_width(net: nn.Module, config: EncoderConfig) -> int:
+def _output_width(net: nn.Module, config: EncoderConfig, side: int | None) -> int:
     # Measured: timm's num_features is the width before the head's own layers, which some models keep.
-    side = config.image_size or timm_settings(net)["input_size"][-1]
+    made_for = config.image_size or timm_settings(net)["input_size"][-1]
     training = net.training
-    features = net.eval()(torch.zeros(1, 3, side, side))
+    try:
+        features = net.eval()(torch.zeros(1, 3, side or made_for, side or made_for))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if side in (None, made_for):
+            raise
+        raise UserError(
+            f"encoder.name={config.name} is made for images of {made_for} pixels and cannot take the run's, of {side} "
+            f"(views.size): set encoder.image_size={side}, with a patch size that divides it, or set "
+            f"views.size={made_for} ({error})"
+        ) from None
     net.train(training)
     if features.ndim != 2:
         raise UserError(
