@@ -23,6 +23,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("mvmr.representations",),
     ("mvmr.data.module",),
     ("mvmr.methods",),
+    ("mvmr.sections",),
     ("mvmr.config", "mvmr.protocols"),
     ("mvmr.engine",),
     ("mvmr.api",),

@@ -67,7 +67,7 @@ def test_every_mvmr_command_runs_in_order(desk: Path) -> None:
     assert len(known) >= 6
     for command in known:
         words = shlex.split(command)
-        if words[1] == "train":
+        if words[1] in ("train", "tune"):
             words += SHORT + (ON_DIGITS if "DIR" in command else [])
         run(words, desk)
 

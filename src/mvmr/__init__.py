@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 # Names are imported when they are used: `import mvmr` and `mvmr --help` do not wait for torch.
 _PUBLIC = {
     "train": "mvmr.api",
+    "tune": "mvmr.api",
     "evaluate": "mvmr.api",
     "embed": "mvmr.api",
     "load_encoder": "mvmr.nets.weights",
@@ -18,11 +19,11 @@ _PUBLIC = {
 }
 _MODULES = ("losses", "representations", "methods", "nets", "data", "evaluation", "ops")
 
-__all__ = ["RunError", "UserError", "__version__", "embed", "evaluate", "load_encoder", "train"]
+__all__ = ["RunError", "UserError", "__version__", "embed", "evaluate", "load_encoder", "train", "tune"]
 
 if TYPE_CHECKING:
     from mvmr import data, evaluation, losses, methods, nets, ops, representations
-    from mvmr.api import embed, evaluate, train
+    from mvmr.api import embed, evaluate, train, tune
     from mvmr.errors import RunError, UserError
     from mvmr.nets.weights import load_encoder
 

@@ -1,4 +1,4 @@
-"""The commands as functions: train, evaluate, embed."""
+"""The commands as functions: train, tune, evaluate, embed."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from mvmr.data.datasets import DATASETS
 from mvmr.data.sources import DataConfig, ImageSource, Progress, open_source
 from mvmr.engine.train import CONFIG
 from mvmr.engine.train import train as train_run
+from mvmr.engine.tune import Tuned
+from mvmr.engine.tune import save as save_tuned
+from mvmr.engine.tune import tune as tune_run
 from mvmr.errors import UserError
 from mvmr.evaluation import EVALUATIONS, Workplace
 from mvmr.evaluation.features import features_of
@@ -46,6 +49,25 @@ def train(
     run = load(recipe, {**given, **flat(overrides)})
     folder = Path(out) if out is not None else default_folder(recipe, run.name)
     return train_run(run, folder, resume=resume, quiet=quiet, teachers=teachers)
+
+
+def tune(
+    recipe: str | Path,
+    *,
+    batch_size: bool = True,
+    lr: bool = True,
+    max_batch_size: int | None = None,
+    out: str | Path | None = None,
+    **overrides: Any,
+) -> Tuned:
+    """Search a batch size and a learning rate for a recipe; `out` (.yaml) gets it resolved, and its curves beside it.
+
+    The result's `run` has the numbers in place, its `record` says how they were found. Raises UserError and RunError.
+    """
+    tuned = tune_run(load(recipe, flat(overrides)), batch_size=batch_size, lr=lr, max_batch_size=max_batch_size)
+    if out is not None:
+        save_tuned(tuned, Path(out))
+    return tuned
 
 
 def default_folder(recipe: str | Path, name: str) -> Path:

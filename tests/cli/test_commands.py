@@ -51,7 +51,7 @@ def test_help_answers_without_loading_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for name in ("demo", "train", "evaluate", "embed", "list", "doctor"):
+    for name in ("demo", "train", "tune", "evaluate", "embed", "cache", "list", "doctor"):
         assert name in done.stdout
 
 
