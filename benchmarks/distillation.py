@@ -3,9 +3,9 @@
     python benchmarks/distillation.py --root DIR --teacher ENCODER --out DIR [--data cifar10,cifar100] [--epochs N]
 
 For each data set the student of `mvmr_clip_cifar100_cpu` (a quarter-width ResNet-18) is trained by MV-MR twice, on the
-same images, for the same epochs, with the same projector, batches and rates: by itself with the five hand-crafted
-representations and the views of `mvmr_cifar20_cpu`, and with the teacher's embedding as its only representation. No
-label is used. Writes OUT/table.json: parameters, and linear and kNN accuracy in percent on the official test split, of
+same images, for the same epochs, with the same batches and rates: by itself with the five hand-crafted representations,
+the views and the projector of `mvmr_cifar20_cpu`, and with the teacher's embedding as its only representation. No label
+is used. Writes OUT/table.json: parameters, and linear and kNN accuracy in percent on the official test split, of
 the teacher, the student with random weights, and the two trained ones. Runs that have ended are not repeated.
 """
 
@@ -33,11 +33,10 @@ def main() -> None:
     for data in arguments.data.split(","):
         alone, taught = arguments.out / f"{data}_alone", arguments.out / f"{data}_taught"
         own = {**common, "data": {**common["data"], "name": data}}
+        with_teacher = {**own, "representations.teacher.model": str(arguments.teacher)}
         minutes = {
+            taught: trained("mvmr_clip_cifar100_cpu", taught, with_teacher),
             alone: trained("mvmr_cifar20_cpu", alone, own),
-            taught: trained(
-                "mvmr_clip_cifar100_cpu", taught, {**own, "representations.teacher.model": str(arguments.teacher)}
-            ),
         }
         for name, encoder, random in (
             ("teacher", arguments.teacher, False), ("self-supervised", alone, True), ("distilled", taught, False),
@@ -70,7 +69,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--teacher", type=Path, required=True, help="a run folder or an encoder.safetensors")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", default="cifar10,cifar100")
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

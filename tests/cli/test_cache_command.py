@@ -47,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
     request = CacheRequest(
         size=32, mean=(0.5,) * 3, std=(0.2,) * 3, folder=tmp_path / "cache", device=torch.device("cpu")
     )  # fmt: skip
-    cache_representations(source, build_representations({"hog": {}, "local_std": {}}), CacheConfig(), request=request)
+    cache_representations(source, build_representations({"hog": {}, "local_std": {}}), CacheConfig(width=2048), request=request)
     prepare(source, size=16, cache=tmp_path / "cache")
     return tmp_path / "cache"
 
@@ -78,9 +78,12 @@ def test_the_table_names_everything(command: Command, folder: Path, monkeypatch:
     keys = [entry["key"] for entry in listed(command, folder)["representations"]]
     status, out, err = command("list", "--folder", folder)
     assert status == 0
-    for word in (keys[0][:12], keys[1][:12], "HOG", "own/train", "2048 of 3072", "yes", "arrays", "checks", "scans"):
+    for word in (keys[0][:8], keys[1][:8], "HOG", "own/train", "of 3072 float16", "arrays", "checks", "scans"):
         assert word in out
     assert "in all" in err
+    assert "unfinished" not in out
+    next((folder / "representations" / keys[0]).glob("shard-*")).unlink()
+    assert "unfinished" in command("list", "--folder", folder)[1]
 
 
 def test_an_empty_default_folder(command: Command, tmp_path: Path) -> None:

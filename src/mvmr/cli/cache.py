@@ -31,8 +31,8 @@ def list_cache(folder: Folder = None, as_json: AsJson = False) -> None:
         show_json({"folder": str(place), "representations": listed, "others": others, "bytes": total})
         return
     rows = [_row(entry) for entry in found]
-    rows += [["", kind, "", "", "", "", in_bytes(size), "", ""] for kind, size in others.items()]
-    show_table(str(place), ["key", "kind", "data", "images", "width", "dtype", "size", "complete", "created"], rows)
+    rows += [["", kind, "", "", "", in_bytes(size), ""] for kind, size in others.items()]
+    show_table(str(place), ["key", "kind", "data", "images", "width", "size", "made"], rows)
     say(f"{in_bytes(total)} in all; `mvmr cache clear KEY` removes an entry")
 
 
@@ -95,8 +95,6 @@ def _matching(prefix: str, keys: list[str]) -> str:
 
 def _row(entry: Any) -> list[str]:
     width = f"{entry.width}" if entry.projected_from is None else f"{entry.width} of {entry.projected_from}"
-    complete = "yes" if entry.complete else "no"
-    return [
-        entry.key[:12], entry.kind, entry.data, str(entry.images), width, entry.dtype, in_bytes(entry.bytes), complete,
-        entry.created,
-    ]  # fmt: skip
+    size = in_bytes(entry.bytes) if entry.complete else f"{in_bytes(entry.bytes)}, unfinished"
+    # Narrow enough for 80 columns: a shortened key could not be copied.
+    return [entry.key[:8], entry.kind, entry.data, str(entry.images), f"{width} {entry.dtype}", size, entry.created[:10]]
