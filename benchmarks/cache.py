@@ -51,7 +51,9 @@ def main() -> None:
     steps = len(seconds["none"])
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     result = {
-        "recipe": arguments.recipe, "overrides": arguments.overrides, "images": arguments.images, "steps": steps,
+        "recipe": arguments.recipe,
+        "overrides": [text for text in arguments.overrides if not text.startswith("data.root=")],
+        "images": arguments.images, "steps": steps,
         "batch_size": run.data.batch_size, "cached": sorted(kept), "device": arguments.device,
         "seconds_once": once, "bytes_an_image": stored / arguments.images,
         "seconds_an_epoch": {name: sum(times) for name, times in seconds.items()}, "milliseconds_a_step": {

@@ -47,7 +47,8 @@ def folder(tmp_path: Path) -> Path:
     request = CacheRequest(
         size=32, mean=(0.5,) * 3, std=(0.2,) * 3, folder=tmp_path / "cache", device=torch.device("cpu")
     )  # fmt: skip
-    cache_representations(source, build_representations({"hog": {}, "local_std": {}}), CacheConfig(width=2048), request=request)
+    kinds = build_representations({"hog": {}, "local_std": {}})
+    cache_representations(source, kinds, CacheConfig(width=2048), request=request)
     prepare(source, size=16, cache=tmp_path / "cache")
     return tmp_path / "cache"
 

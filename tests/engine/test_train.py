@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mvmr.api import evaluate
 from mvmr.config import load
 from mvmr.engine import train as train_module
 from mvmr.engine.checkpoints import Checkpoints
@@ -44,6 +45,19 @@ def test_run_folder_holds_what_the_contract_says(tmp_path: Path) -> None:
     names = {"embedding_std", "dependence/pixels", "dependence/hog", "dependence/augmented_pixels", "knn/top1"}
     assert names <= set(watched[0])
     assert all(0 < line["knn/top1"] <= 100 for line in watched)
+
+
+def test_the_online_head_is_kept_and_evaluated_later(tmp_path: Path) -> None:
+    run = tiny(online__knn_every_epochs=1, data__limit=None, schedule__epochs=1)
+    out = train(run, tmp_path / "run", quiet=True)
+    (logged,) = (line for line in lines_of(out) if "head/top1" in line)
+    (result,) = evaluate(out, on=["head"])
+    assert result.metrics["top1"] == pytest.approx(logged["head/top1"], abs=0.21)  # one of the 500 test images
+    assert result.metrics["top5"] > result.metrics["top1"] > 30
+    without = train(run.model_copy(update={"online": run.online.model_copy(update={"head": False})}), tmp_path / "no")
+    assert not (without / "head.safetensors").exists()
+    with pytest.raises(UserError, match=r"head\.safetensors"):
+        evaluate(without, on=["head"])
 
 
 def test_watching_changes_no_weight(tmp_path: Path) -> None:

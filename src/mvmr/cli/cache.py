@@ -97,4 +97,5 @@ def _row(entry: Any) -> list[str]:
     width = f"{entry.width}" if entry.projected_from is None else f"{entry.width} of {entry.projected_from}"
     size = in_bytes(entry.bytes) if entry.complete else f"{in_bytes(entry.bytes)}, unfinished"
     # Narrow enough for 80 columns: a shortened key could not be copied.
-    return [entry.key[:8], entry.kind, entry.data, str(entry.images), f"{width} {entry.dtype}", size, entry.created[:10]]
+    about = [entry.key[:8], entry.kind, entry.data, str(entry.images)]
+    return [*about, f"{width} {entry.dtype}", size, entry.created[:10]]

@@ -47,11 +47,13 @@ def in_workers(task: Callable[[Item], Made], items: Sequence[Item], *, workers: 
                 made = task(item)
             yield made
         return
-    loader = DataLoader(
-        _Tasks(task), sampler=items, batch_size=None, num_workers=workers, collate_fn=_as_it_is,
-        generator=torch.Generator(),
-    )  # fmt: skip
     with warnings.catch_warnings():
+        # A recipe made for a larger machine runs here too, and more workers than cores are a user's choice.
+        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+        loader = DataLoader(
+            _Tasks(task), sampler=items, batch_size=None, num_workers=workers, collate_fn=_as_it_is,
+            generator=torch.Generator(),
+        )  # fmt: skip
         # Python 3.12 warns of every fork beside threads; the workers use one thread and none of the parent's locks.
         warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
         results = iter(loader)
