@@ -30,7 +30,11 @@ def steps_done(out: Path) -> int:
 
 def kill_at(step: int, config: Path, out: Path, with_signal: signal.Signals = signal.SIGKILL) -> tuple[int, str]:
     """Start a run and signal its whole process group once `step` is logged; its exit status and standard error."""
-    process = subprocess.Popen(command(config, out), env=environment(), start_new_session=True, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command(config, out), env=environment(), start_new_session=True, stderr=subprocess.PIPE,
+        # A shell's background jobs ignore SIGINT, and their children with them.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     deadline = time.monotonic() + TIMEOUT
     while steps_done(out) < step:
         assert process.poll() is None, f"the run ended before step {step}: {process.communicate()[1].decode()}"
