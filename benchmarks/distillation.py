@@ -3,10 +3,10 @@
     python benchmarks/distillation.py --root DIR --teacher ENCODER --out DIR [--data cifar10,cifar100] [--epochs N]
 
 For each data set the student of `mvmr_clip_cifar100_cpu` (a quarter-width ResNet-18) is trained by MV-MR twice, on the
-same images, for the same epochs, with the same batches and rates: by itself with the five hand-crafted representations,
-the views and the projector of `mvmr_cifar20_cpu`, and with the teacher's embedding as its only representation. No label
-is used. Writes OUT/table.json: parameters, and linear and kNN accuracy in percent on the official test split, of
-the teacher, the student with random weights, and the two trained ones. Runs that have ended are not repeated.
+same images, for the same epochs, with the same views, projector, batches and rates: with the five hand-crafted
+representations of `mvmr_cifar20_cpu`, and with the teacher's embedding as a sixth. No label is used. Writes
+OUT/table.json: parameters, and linear and kNN accuracy in percent on the official test split, of the teacher, the
+student with random weights, and the two trained ones. Runs that have ended are not repeated.
 """
 
 from __future__ import annotations
