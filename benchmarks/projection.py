@@ -21,8 +21,8 @@ from mvmr.engine.environment import environment
 from mvmr.losses import distance_correlation
 from mvmr.ops.projection import Projection
 from mvmr.representations import HOG, LocalStd, Scattering
-from mvmr.representations.base import IMAGENET_MEAN, IMAGENET_STD
 from mvmr.representations.cache import CacheConfig
+from mvmr.types import IMAGENET_MEAN, IMAGENET_STD
 
 KINDS = {"scattering": Scattering(), "local_std": LocalStd(), "hog": HOG(), "hog, cell 4": HOG(cell=4)}
 
@@ -63,15 +63,16 @@ def crops(size: int, draw: int) -> Tensor:
 
 @torch.no_grad()
 def embeddings(images: Tensor, draw: int) -> dict[str, Tensor]:
-    """{what: [256, D]}."""
-    torch.manual_seed(draw)
-    net = nn.Sequential(
-        nn.Conv2d(3, 32, 5, 2), nn.ReLU(), nn.Conv2d(32, 64, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
-        nn.Linear(256, 128),
-    )  # fmt: skip
-    pixels = images.flatten(1)
-    signal = pixels @ torch.randn(pixels.shape[1], 32) / pixels.shape[1] ** 0.5
-    noise = torch.randn(len(images), 32)
+    """{what: [256, D]}: dependent on the images in very different degrees."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(draw)
+        net = nn.Sequential(
+            nn.Conv2d(3, 32, 5, 2), nn.ReLU(), nn.Conv2d(32, 64, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(), nn.Linear(256, 128),
+        )  # fmt: skip
+        pixels = images.flatten(1)
+        signal = pixels @ torch.randn(pixels.shape[1], 32) / pixels.shape[1] ** 0.5
+        noise = torch.randn(len(images), 32)
     return {"net": net(images), "pixels": pixels, "signal and noise": signal + noise, "noise": noise}
 
 

@@ -26,6 +26,19 @@ LIMIT_SECONDS = 90.0  # for one call, and as much again for the ranks to start
 GRACE_SECONDS = 5.0  # for the other ranks' own tracebacks once one has failed
 
 
+def averaged_gradients(module: Any, world_size: int) -> dict[str, Any]:
+    """{parameter: its gradient, averaged over ranks as DDP does}; every parameter must have one."""
+    from torch import distributed  # the parent process of the ranks starts without torch
+
+    found = {}
+    for key, parameter in module.named_parameters():
+        assert parameter.grad is not None, key
+        if world_size > 1:
+            distributed.all_reduce(parameter.grad)
+        found[key] = parameter.grad / world_size
+    return found
+
+
 @dataclass(frozen=True)
 class _Rank:
     process: Any

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from mvmr.config import Run, load, parse
 from mvmr.data.batches import BatchMaker
 from mvmr.data.module import TrainingData
 from mvmr.engine.train import Parts, build
+from mvmr.methods import MVMR
 
 COMMON: dict[str, Any] = {
     "name": "tiny",
@@ -64,8 +66,19 @@ def in_float64(maker: BatchMaker) -> BatchMaker:
     return Double(maker.views, maker.representations)
 
 
+def not_finite_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on MV-MR's loss is NaN at one step."""
+    whole = MVMR.objective
+
+    def broken(self: MVMR, embeddings: Any, batch: Any, at: Any) -> Any:
+        terms = whole(self, embeddings, batch, at)
+        return {**terms, "loss": terms["loss"] * float("nan")} if at.step == step else terms
+
+    monkeypatch.setattr(MVMR, "objective", broken)
+
+
 def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
-__all__ = ["COMMON", "METHODS", "in_float64", "load", "parts_and_data", "tiny", "weights"]
+__all__ = ["COMMON", "METHODS", "in_float64", "load", "not_finite_at", "parts_and_data", "tiny", "weights"]

@@ -14,6 +14,11 @@ from mvmr.errors import RunError, UserError
 __all__ = ["Batch", "FeaturePass", "Features", "Result", "RunError", "Section", "Step", "UserError"]
 
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Channel mean and deviation of ImageNet's images in [0, 1], which most published networks expect."""
+
+
 class Section(BaseModel):
     """One section of the settings: frozen, and closed to unknown keys."""
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 import warnings
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from mvmr.cli import main
+from commands import Command
 from mvmr.cli.cache import in_bytes
 from mvmr.data.files import locked
 from mvmr.data.images import ArraySource
@@ -19,24 +18,12 @@ from mvmr.data.store import prepare
 from mvmr.representations import build_representations
 from mvmr.representations.cache import CacheConfig, CacheRequest, cache_representations
 
-Command = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
-    """mvmr cache(*words) -> (exit status, standard output, standard error), in an empty folder."""
-    monkeypatch.chdir(tmp_path)
+def command(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+    """mvmr cache(*words), with an empty default folder."""
     monkeypatch.setenv("MVMR_CACHE", str(tmp_path / "default"))
-
-    def mvmr(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mvmr", "cache", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return mvmr
+    return partial(command, "cache")
 
 
 @pytest.fixture

@@ -3,38 +3,24 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from mvmr.cli import main
+from commands import Command
 from mvmr.cli.tune import curve
 from mvmr.engine import tune as tune_module
 from tiny import tiny
 
-Command = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
-    """mvmr(*words) -> (exit status, standard output, standard error), in an empty folder with recipe.yaml."""
-    monkeypatch.chdir(tmp_path)
+def command(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+    """The command in a folder with recipe.yaml, and a range test of a few steps."""
     monkeypatch.setattr(tune_module, "RATES", 22)
     run = tiny(schedule__epochs=1, representations={"pixels": {}}, views__size=8)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(run.resolved()))
-
-    def mvmr(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mvmr", *words])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return mvmr
+    return command
 
 
 @pytest.mark.filterwarnings("ignore:the loss fell at no rate")

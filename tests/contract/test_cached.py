@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +12,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from commands import same_losses, trained_on
 from killing import finish, kill_at
 from mvmr.config import Run
 from mvmr.engine.train import Parts, assemble
-from mvmr.ops.collectives import barrier
 from mvmr.ops.layers import synchronise_batch_norm
 from mvmr.representations.cache import CacheConfig, CacheRequest, cache_representations
 from mvmr.types import Step
-from ranks import run_on_ranks
+from ranks import averaged_gradients, run_on_ranks
 from tiny import in_float64, parts_and_data, tiny
 
 EXACT = {"enabled": True, "width": None, "dtype": "float32"}
@@ -39,19 +36,14 @@ def kept(run: Run, parts: Parts, folder: Path, **more: Any) -> dict[str, Any]:
 def gradients(rank: int, world_size: int, folder: Path) -> tuple[list[str], dict[str, torch.Tensor]]:
     run = tiny(cache={"width": 64})
     parts, data = parts_and_data(run)
-    parts.maker.kept = kept(run, parts, folder, rank=rank, world_size=world_size, barrier=barrier)
+    together = {"rank": rank, "world_size": world_size, "barrier": torch.distributed.barrier} if world_size > 1 else {}
+    parts.maker.kept = kept(run, parts, folder, **together)
     method = parts.method.double().train()
     if world_size > 1:
         method = synchronise_batch_norm(method)
     loaded = next(iter(data.loader(rank, world_size)))
     method.loss(in_float64(parts.maker)(loaded), Step(0, 10, 5))["loss"].backward()
-    found = {}
-    for key, parameter in method.named_parameters():
-        assert parameter.grad is not None
-        if world_size > 1:
-            torch.distributed.all_reduce(parameter.grad)
-        found[key] = parameter.grad / world_size
-    return sorted(parts.maker.kept), found
+    return sorted(parts.maker.kept), averaged_gradients(method, world_size)
 
 
 def test_gradient_on_two_ranks_is_that_of_one_process(tmp_path: Path) -> None:
@@ -96,19 +88,8 @@ def test_killed_and_resumed_with_a_cache_equals_uninterrupted(tmp_path: Path) ->
 
 def test_two_processes_share_one_cache(tmp_path: Path) -> None:
     run = tiny(cache={"width": 64}, schedule__epochs=1, data__cache=str(tmp_path / "cache"))
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(run.resolved()))
-    losses = {}
-    for devices in (2, 1):
-        out = tmp_path / f"on-{devices}"
-        command = [sys.executable, "-m", "mvmr", "train", str(recipe), f"engine.devices={devices}", "--out", str(out)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-        assert done.returncode == 0, done.stderr
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        losses[devices] = [line["train/loss"] for line in lines if "train/loss" in line]
-    assert len(losses[1]) == 6
-    assert losses[2] == pytest.approx(losses[1], rel=1e-3)
+    two, one = (trained_on(devices, run, tmp_path) for devices in (2, 1))
+    same_losses(one, two, steps=6)
     assert len(list((tmp_path / "cache").rglob("shard-*"))) == 1
 
 

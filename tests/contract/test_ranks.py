@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
+from commands import same_losses, trained_on
 from mvmr.methods import METHODS
 from mvmr.ops.layers import synchronise_batch_norm
 from mvmr.types import Step
-from ranks import run_on_ranks
+from ranks import averaged_gradients, run_on_ranks
 from tiny import in_float64, parts_and_data, tiny
 
 
@@ -30,13 +26,7 @@ def gradients(rank: int, name: str, world_size: int) -> tuple[dict[str, torch.Te
     loaded = next(iter(data.loader(rank, world_size)))
     assert len(loaded.index) == run.data.batch_size // world_size
     method.loss(maker(loaded), Step(0, 10, 5))["loss"].backward()
-    found = {}
-    for key, parameter in method.named_parameters():
-        assert parameter.grad is not None
-        if world_size > 1:
-            torch.distributed.all_reduce(parameter.grad)
-        found[key] = parameter.grad / world_size
-    return found, {key: value.clone() for key, value in method.named_buffers()}
+    return averaged_gradients(method, world_size), {key: value.clone() for key, value in method.named_buffers()}
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -57,18 +47,8 @@ def test_gradient_on_ranks_is_that_of_one_process(name: str, world_size: int) ->
 def test_training_on_two_processes_follows_one(name: str, tmp_path: Path) -> None:
     """The command itself, with Lightning's DDP: same folder, same losses to rounding, one writer."""
     run = tiny(name, schedule__epochs=1, online__every_epochs=1, online__images=32)
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(run.resolved()))
-    losses = {}
-    for devices in (1, 2):
-        out = tmp_path / f"on-{devices}"
-        command = [sys.executable, "-m", "mvmr", "train", str(recipe), f"engine.devices={devices}", "--out", str(out)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-        assert done.returncode == 0, done.stderr
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        losses[devices] = [line["train/loss"] for line in lines if "train/loss" in line]
-        assert (out / "encoder.safetensors").exists()
-        assert sum("rankme" in line for line in lines) == 1, "one rank measures"
-    assert len(losses[1]) == 6
-    assert losses[2] == pytest.approx(losses[1], rel=1e-3)
+    lines = {devices: trained_on(devices, run, tmp_path) for devices in (1, 2)}
+    for devices, written in lines.items():
+        assert (tmp_path / f"on-{devices}" / "encoder.safetensors").exists()
+        assert sum("rankme" in line for line in written) == 1, "one rank measures"
+    same_losses(lines[1], lines[2], steps=6)

@@ -21,7 +21,7 @@ from mvmr.engine.metrics import MetricsFile
 from mvmr.engine.train import assemble, build, train
 from mvmr.errors import RunError, UserError
 from mvmr.methods import MVMR
-from tiny import parts_and_data, tiny, weights
+from tiny import not_finite_at, parts_and_data, tiny, weights
 
 
 def lines_of(out: Path) -> list[dict[str, Any]]:
@@ -68,13 +68,7 @@ def test_watching_changes_no_weight(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = MVMR.objective
-
-    def broken(self: MVMR, embeddings: Any, batch: Any, step: Any) -> Any:
-        terms = whole(self, embeddings, batch, step)
-        return {**terms, "loss": terms["loss"] * float("nan")} if step.step == 7 else terms
-
-    monkeypatch.setattr(MVMR, "objective", broken)
+    not_finite_at(7, monkeypatch)
     with pytest.raises(RunError, match=r"step 7: loss is nan.*optimizer\.lr"):
         train(tiny(), tmp_path / "run", quiet=True)
     saved = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)

@@ -22,7 +22,7 @@ from mvmr.engine.trials import loss_by_rate, try_batch_size
 from mvmr.engine.tune import Tuned, save, suggest, tune
 from mvmr.errors import RunError, UserError
 from mvmr.methods import MVMR
-from tiny import parts_and_data, weights
+from tiny import not_finite_at, parts_and_data, weights
 from tiny import tiny as usual
 
 ALLOCATOR = "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 1"
@@ -218,13 +218,7 @@ def test_rates_rise_in_the_proportion_of_every_group(monkeypatch: pytest.MonkeyP
 
 
 def test_a_loss_that_is_not_finite_ends_the_curve(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = MVMR.objective
-
-    def broken(self: MVMR, embeddings: Any, batch: Any, step: Any) -> Any:
-        terms = whole(self, embeddings, batch, step)
-        return {**terms, "loss": terms["loss"] * float("nan")} if step.step == 9 else terms
-
-    monkeypatch.setattr(MVMR, "objective", broken)
+    not_finite_at(9, monkeypatch)
     with pytest.warns(UserWarning, match=r"at no rate .*optimizer\.lr stays 0\.001"):
         tuned = tune(tiny(), batch_size=False, lr=True, quiet=True)
     assert len(tuned.record["lr"]["losses"]) == len(tuned.record["lr"]["rates"]) == 9

@@ -24,8 +24,6 @@ def test_one_process() -> None:
     assert (collectives.world_size(), collectives.rank()) == (1, 0)
     assert collectives.gather(x) is x
     assert collectives.all_reduce_sum(x) is x
-    assert collectives.broadcast_object("value") == "value"
-    collectives.barrier()
 
 
 def gathers_every_dtype(rank: int) -> list[Tensor]:
@@ -161,17 +159,6 @@ def test_all_reduce_sum_and_its_gradient() -> None:
         assert counts.tolist() == [3]
 
 
-def broadcasts(rank: int) -> tuple[object, object]:
-    collectives.barrier()
-    mine = {"rank": rank, "path": f"run-{rank}"}
-    return collectives.broadcast_object(mine), collectives.broadcast_object(mine, source=1)
-
-
-def test_broadcast_object() -> None:
-    first, second = {"rank": 0, "path": "run-0"}, {"rank": 1, "path": "run-1"}
-    assert run_on_ranks(broadcasts, 2) == [(first, second)] * 2
-
-
 def gathers_unequal_batches(rank: int) -> str:
     with pytest.raises(ValueError, match=r"the same shape on every rank.*row counts are \[2, 3\]") as error:
         collectives.gather(torch.zeros(2 + rank, 4))
@@ -193,4 +180,4 @@ def fails_on_one_rank(rank: int) -> int:
 def test_a_failure_on_one_rank_reaches_the_test_and_the_next_call_works() -> None:
     with pytest.raises(RuntimeError, match=r"(?s)rank 1: .*fails_on_one_rank.*lost by rank one"):
         run_on_ranks(fails_on_one_rank, 2)
-    assert len(run_on_ranks(broadcasts, 2)) == 2
+    assert len(run_on_ranks(gathers_every_dtype, 2)) == 2

@@ -14,11 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from mvmr.data.images import ArraySource
 from mvmr.errors import RunError
-from mvmr.ops import collectives
 from mvmr.representations import build_representations, cache_store
 from mvmr.representations.base import Representation, fixed
 from mvmr.representations.cache import CacheConfig, CachedRows, CacheRequest, cache_representations
@@ -138,7 +137,7 @@ def built_alone(rank: int, folder: Path, locks: bool) -> tuple[int, Tensor]:
     try:
         if not locks:
             cache.locked = lambda _: nullcontext()
-        collectives.barrier()
+        distributed.barrier()
         rows = build(folder, 100, nn.ModuleDict({"x": counting}))["x"]
         return counting.images, rows(torch.arange(100))
     finally:
@@ -164,7 +163,7 @@ def built_together(rank: int, folder: Path, bad_rank: int | None) -> tuple[int, 
     cache_store.ROWS_PER_SHARD = 8
     counting = Counting(bad_from=20) if rank == bad_rank else Counting()
     try:
-        rows = build(folder, 100, nn.ModuleDict({"x": counting}), rank=rank, world_size=2, barrier=collectives.barrier)[
+        rows = build(folder, 100, nn.ModuleDict({"x": counting}), rank=rank, world_size=2, barrier=distributed.barrier)[
             "x"
         ]
         return counting.images, rows(torch.arange(100))

@@ -24,9 +24,10 @@ from mvmr.data.layouts import (
 )
 from mvmr.data.voc import VOC_LAYOUT, read_voc07
 from mvmr.errors import RunError
+from mvmr.types import IMAGENET_MEAN, IMAGENET_STD
 
 Channels = tuple[float, float, float]
-IMAGENET: tuple[Channels, Channels] = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET: tuple[Channels, Channels] = IMAGENET_MEAN, IMAGENET_STD
 CIFAR: tuple[Channels, Channels] = (0.491, 0.482, 0.447), (0.247, 0.243, 0.261)
 DIGITS: tuple[Channels, Channels] = (0.305, 0.305, 0.305), (0.376, 0.376, 0.376)
 

@@ -104,7 +104,7 @@ def build_timm(config: EncoderConfig, *, pretrained: bool = False, side: int | N
         if not given:
             raise
         raise UserError(_refused(config, name, error)) from None
-    return net, _output_width(net, config, side)
+    return net, output_width(net, config, side)
 
 
 def _refused(config: EncoderConfig, name: str, error: Exception) -> str:
@@ -117,7 +117,8 @@ def _refused(config: EncoderConfig, name: str, error: Exception) -> str:
 
 
 @torch.no_grad()
-def _output_width(net: nn.Module, config: EncoderConfig, side: int | None) -> int:
+def output_width(net: nn.Module, config: EncoderConfig, side: int | None = None) -> int:
+    """Width of what a timm model of `config` gives an image. Raises UserError if that is no vector, or for the side."""
     # Measured: timm's num_features is the width before the head's own layers, which some models keep.
     made_for = config.image_size or timm_settings(net)["input_size"][-1]
     training = net.training

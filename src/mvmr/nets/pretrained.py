@@ -15,7 +15,7 @@ from urllib.request import getproxies, proxy_bypass
 import torch
 from torch import Tensor, nn
 
-from mvmr.nets.encoders import TIMM, EncoderConfig, build_timm, timm_settings
+from mvmr.nets.encoders import TIMM, EncoderConfig, build_timm, output_width, timm_settings
 from mvmr.types import UserError
 
 PROBE_SECONDS = 1.5
@@ -53,7 +53,7 @@ def pretrained_timm(name: str) -> tuple[nn.Module, int]:
         overlay = {"file": str(cached), "custom_load": kind == "hf" if hub else kind}
         bare = name.removeprefix(TIMM)
         net = timm.create_model(bare, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
-        return net, _width(net, settings["input_size"][-1])
+        return net, output_width(net, config)
     except Exception as error:  # whatever the download or the reading raises
         _failed(name, error, cached)
 
@@ -189,14 +189,6 @@ def _timm_settings(config: EncoderConfig) -> dict[str, Any]:
             record: Any = timm.get_pretrained_cfg(bare, allow_unregistered=False)
             return record.to_dict()
     return timm_settings(build_timm(config)[0])  # which says what is wrong with the name
-
-
-@torch.no_grad()
-def _width(net: nn.Module, side: int) -> int:
-    training = net.training
-    features = net.eval()(torch.zeros(1, 3, side, side))
-    net.train(training)
-    return features.shape[1]
 
 
 def _random(name: str) -> str:

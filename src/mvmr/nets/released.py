@@ -18,12 +18,10 @@ from torch import Tensor
 
 from mvmr.nets.cards import Encoder, EncoderCard, seeded
 from mvmr.nets.encoders import EncoderConfig, build_encoder
-from mvmr.types import UserError
+from mvmr.types import IMAGENET_MEAN, IMAGENET_STD, UserError
 
 CHECKPOINTS = (".ckpt", ".pt", ".pth", ".pth.tar")
 """Endings of PyTorch's and Lightning's checkpoints."""
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 SIZES = {"imagenet": 224, "mvmr": 96}
 """Image sides of the published ImageNet and STL-10 models (MV-MR paper, Section 6), by their stem."""
 BLOCKS: dict[tuple[tuple[int, ...], bool], str] = {

@@ -133,7 +133,7 @@ def _own(model: str, output: Output, image_size: int | None) -> TeacherNet:
     card, net = encoder.card, encoder.backbone
     given = TeacherInput(card.image_size, card.mean, card.std, "bilinear")
     # Where the file is does not matter: what it holds does.
-    name = f"{card.encoder.model_dump_json()}"
+    name = card.encoder.model_dump_json()
     if card.encoder.name.startswith(TIMM):
         _resize(net, card.encoder.image_size or card.image_size, image_size)
         prefix = getattr(net, "num_prefix_tokens", 0)

@@ -50,21 +50,6 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return _summed_over_ranks(x)
 
 
-def barrier() -> None:
-    """Waits until every rank has come here."""
-    if world_size() > 1:
-        dist.barrier()
-
-
-def broadcast_object(value: Value, source: int = 0) -> Value:
-    """The picklable `value` of rank `source`, on every rank; what the other ranks pass in is ignored."""
-    if world_size() == 1:
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=source)
-    return values[0]
-
-
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:

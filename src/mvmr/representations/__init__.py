@@ -12,13 +12,13 @@ from torch import nn
 
 from mvmr.errors import UserError, nearest
 from mvmr.representations.augmented import AugmentedPixels
-from mvmr.representations.base import IMAGENET_MEAN, IMAGENET_STD, Representation
+from mvmr.representations.base import Representation
 from mvmr.representations.hog import HOG
 from mvmr.representations.local_std import LocalStd
 from mvmr.representations.pixels import Pixels
 from mvmr.representations.scattering import Scattering
 from mvmr.representations.teacher import PYTHON, Given, Teacher, from_python, joined
-from mvmr.types import Section
+from mvmr.types import IMAGENET_MEAN, IMAGENET_STD, Section
 
 __all__ = [
     "HOG",

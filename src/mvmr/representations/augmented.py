@@ -8,8 +8,8 @@ from torch import Tensor
 from mvmr.data import view_parameters as parameters
 from mvmr.data.view_recipes import VIEW_RECIPES, View, Views, view_settings
 from mvmr.data.views import ViewMaker
-from mvmr.representations.base import IMAGENET_MEAN, IMAGENET_STD, Representation, fixed
-from mvmr.types import UserError
+from mvmr.representations.base import Representation, fixed
+from mvmr.types import IMAGENET_MEAN, IMAGENET_STD, UserError
 
 SEED_OFFSET = 0x6D766D72
 """Added to the seed, so that this view is never the one that the encoder sees."""

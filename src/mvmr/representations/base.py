@@ -14,9 +14,6 @@ from torch import Tensor, nn
 
 from mvmr.types import UserError
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
 Map = TypeVar("Map", bound=Callable[..., Tensor])
 
 

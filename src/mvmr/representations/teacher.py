@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from mvmr.nets.teacher_net import Interpolation, Output, TeacherInput
 from mvmr.nets.teachers import load_teacher
-from mvmr.representations.base import IMAGENET_MEAN, IMAGENET_STD, Representation, fixed
-from mvmr.types import UserError
+from mvmr.representations.base import Representation, fixed
+from mvmr.types import IMAGENET_MEAN, IMAGENET_STD, UserError
 
 PYTHON = "python"
 """The `model` of a teacher that is an object of Python's, given beside the settings."""
