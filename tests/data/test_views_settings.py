@@ -10,9 +10,11 @@ from pydantic import ValidationError
 
 from mvmr.data.views import VIEW_RECIPES, Blur, Crop, Jitter, PadCrop, Solarise, View, Views, view_settings
 
+MOCO_JITTER = Jitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
 STRONG = Jitter(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, probability=0.8)
 BYOL_JITTER = Jitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, probability=0.8)
 BICUBIC = Crop(scale=(0.08, 1.0), interpolation="bicubic")
+DINO_GLOBAL = Crop(scale=(0.4, 1.0), interpolation="bicubic")
 COMMON = ("crop", "rotate90", "flip", "jitter", "gray", "blur", "solarise")
 EXPECTED: dict[str, dict[str, View]] = {
     "mvmr": {"augmented": View(crop=Crop(), flip=0.5, jitter=STRONG, gray=0.2, blur=Blur(probability=1.0))},
@@ -57,6 +59,23 @@ EXPECTED: dict[str, dict[str, View]] = {
             stream="local", count=6, size=96,
             crop=Crop(scale=(0.05, 0.14)), jitter=STRONG, gray=0.2, blur=Blur(probability=0.5),
         ),
+    },
+    "dino": {
+        "first": View(crop=DINO_GLOBAL, jitter=BYOL_JITTER, gray=0.2, blur=Blur(probability=1.0)),
+        "second": View(
+            crop=DINO_GLOBAL, jitter=BYOL_JITTER, gray=0.2, blur=Blur(probability=0.1),
+            solarise=Solarise(threshold=0.5, probability=0.2),
+        ),
+        "local": View(
+            stream="local", count=8, size=96, crop=Crop(scale=(0.05, 0.4), interpolation="bicubic"),
+            jitter=BYOL_JITTER, gray=0.2, blur=Blur(probability=0.5),
+        ),
+    },
+    "cifar_strong": {"augmented": View(count=2, crop=BICUBIC, jitter=STRONG, gray=0.2, blur=Blur(probability=0.5))},
+    "cifar_weak": {"augmented": View(count=2, crop=BICUBIC, jitter=MOCO_JITTER, gray=0.2, blur=Blur(probability=0.5))},
+    "cifar_pair": {
+        "first": View(crop=BICUBIC, jitter=BYOL_JITTER, gray=0.2),
+        "second": View(crop=BICUBIC, jitter=BYOL_JITTER, gray=0.2, solarise=Solarise(threshold=0.5, probability=0.2)),
     },
 }  # fmt: skip
 

@@ -107,6 +107,19 @@ def test_timm_vision_transformer_of_another_size() -> None:
     assert all(module.training for module in net.modules())
 
 
+def test_a_vision_transformer_takes_local_views_if_asked() -> None:
+    settings = {"name": "timm:vit_tiny_patch16_224", "image_size": 32, "patch_size": 4}
+    net, dim = build_encoder(EncoderConfig(**settings, any_size=True), side=32, local_sides=[16, 32])
+    assert net(torch.randn(2, 3, 16, 16)).shape == net(torch.randn(2, 3, 32, 32)).shape == (2, dim)
+    with pytest.raises(UserError, match=r"views of 16 pixels.*encoder\.any_size=true"):
+        build_encoder(EncoderConfig(**settings), side=32, local_sides=[16, 32])
+    with pytest.raises(UserError, match=r"views of 14 pixels"):
+        build_encoder(EncoderConfig(**settings, any_size=True), side=32, local_sides=[14])
+    with pytest.raises(UserError, match=r"encoder\.any_size=True"):
+        build_encoder(EncoderConfig(name="timm:resnet10t", any_size=True))
+    assert build_encoder(EncoderConfig(width=0.125), local_sides=[14])[1] == 64  # a ResNet takes any size
+
+
 def test_timm_width_is_that_of_what_comes_out() -> None:
     # This model's num_features is 288: its head's own layer follows.
     net, dim = build_encoder(EncoderConfig(name="timm:mobilenetv3_small_050"))

@@ -1,4 +1,4 @@
-"""What is cropped and changed: the settings of views, and the named recipes of the methods' papers."""
+"""What is cropped and changed: the settings of views, laid over one of the named recipes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from mvmr.data.named_views import VIEW_RECIPES
 from mvmr.types import Section
 
 __all__ = ["VIEW_RECIPES", "Blur", "Crop", "Jitter", "PadCrop", "Solarise", "View", "Views", "view_settings"]
+
+LOCAL_SHARE = 96 / 224
+"""Side of a local view that has no size of its own, as a share of `views.size`: that of SwAV and DINO."""
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Operation = Literal["crop", "rotate90", "flip", "jitter", "gray", "blur", "solarise"]
@@ -157,8 +161,10 @@ class Views(Section):
         for name in sorted(changes, key=str):  # the views' numbers must not depend on the order in a file
             crops[name] = _merged(crops.get(name, {}), _plain_mapping(changes[name]))
         size = given.get("size")
-        if given["recipe"] == "multicrop" and isinstance(size, int):
-            crops["local"] = _merged({"size": max(1, round(size * 96 / 224))}, crops["local"])
+        if isinstance(size, int):
+            for name, view in crops.items():
+                if isinstance(view, Mapping) and view.get("stream") == "local":
+                    crops[name] = _merged({"size": max(1, round(size * LOCAL_SHARE))}, view)
         return {**given, "crops": crops}
 
     @model_validator(mode="after")
@@ -171,6 +177,17 @@ class Views(Section):
                 widest = 2 * self.side(name) - 1
                 raise ValueError(f"crops.{name}.blur.kernel: {self.kernel(name)} is too wide, at most {widest} here")
         return self
+
+    def counts(self) -> dict[str, int]:
+        """{stream: how many views it has}."""
+        counts: dict[str, int] = {}
+        for view in self.crops.values():
+            counts[view.stream] = counts.get(view.stream, 0) + view.count
+        return {stream: count for stream, count in counts.items() if count}
+
+    def sides(self) -> list[int]:
+        """Every side in pixels that a view has."""
+        return sorted({self.side(name) for name, view in self.crops.items() if view.count})
 
     def side(self, name: str) -> int:
         """Pixels on a side of the view of that name."""
@@ -198,83 +215,3 @@ def _merged(base: Any, over: Any) -> Any:
     if not isinstance(base, Mapping) or not isinstance(over, Mapping):
         return over
     return {**base, **{key: _merged(base.get(key), value) for key, value in over.items()}}
-
-
-_STRONG = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2, "probability": 0.8}
-_BYOL_JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "probability": 0.8}
-_BYOL_CROP = {"scale": [0.08, 1.0], "interpolation": "bicubic"}
-_SWAV = {"flip": 0.5, "jitter": _STRONG, "gray": 0.2, "blur": {"sigma": [0.1, 2.0], "probability": 0.5}}
-_COLOUR_FIRST = ["jitter", "gray", "crop", "rotate90", "flip", "blur", "solarise"]
-_GRAY_FIRST = ["crop", "rotate90", "flip", "gray", "jitter", "blur", "solarise"]
-
-VIEW_RECIPES: dict[str, dict[str, Any]] = {
-    # MV-MR (Kinakh et al., 2024), STL-10 and ImageNet: torchvision's default crop, and a blur that is always there.
-    "mvmr": {
-        "augmented": {"crop": {}, "flip": 0.5, "jitter": _STRONG, "gray": 0.2, "blur": {"probability": 1.0}},
-    },
-    # MV-MR's distillation on CIFAR-100: geometry alone.
-    "mvmr_cifar": {
-        "augmented": {"crop": None, "pad_crop": {"padding": 4}, "flip": 0.5},
-    },
-    # MV-MR's CIFAR-20: colours are changed before the crop.
-    "mvmr_cifar20": {
-        "augmented": {
-            "order": _COLOUR_FIRST,
-            "jitter": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "probability": 0.8},
-            "gray": 0.1,
-            "crop": {"scale": [0.2, 1.0], "interpolation": "bicubic"},
-            "flip": 0.5,
-        },
-    },
-    # SimCLR (Chen et al., 2020), Appendix A, strength 1: two views of one kind, blur on half of them.
-    "simclr": {
-        "augmented": {
-            "count": 2,
-            "crop": {"scale": [0.08, 1.0], "interpolation": "bicubic"},
-            "flip": 0.5,
-            "jitter": _STRONG,
-            "gray": 0.2,
-            "blur": {"sigma": [0.1, 2.0], "probability": 0.5},
-        },
-    },
-    # MoCo v1 (He et al., 2020), Section 3.4: grey before the colour jitter, which is always there.
-    "moco_v1": {
-        "augmented": {
-            "count": 2,
-            "order": _GRAY_FIRST,
-            "crop": {"scale": [0.2, 1.0]},
-            "gray": 0.2,
-            "jitter": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.4, "probability": 1.0},
-            "flip": 0.5,
-        },
-    },
-    # MoCo v2 (Chen et al., 2020); SimSiam uses the same.
-    "moco_v2": {
-        "augmented": {
-            "count": 2,
-            "crop": {"scale": [0.2, 1.0]},
-            "jitter": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "probability": 0.8},
-            "gray": 0.2,
-            "blur": {"sigma": [0.1, 2.0], "probability": 0.5},
-            "flip": 0.5,
-        },
-    },
-    # BYOL (Grill et al., 2020), Table 6: the two views differ in blur and solarisation. (Its code adds the brightness
-    # change; here it multiplies, as everywhere else.)
-    "byol": {
-        "first": {
-            "crop": _BYOL_CROP, "flip": 0.5, "jitter": _BYOL_JITTER, "gray": 0.2,
-            "blur": {"sigma": [0.1, 2.0], "probability": 1.0},
-        },
-        "second": {
-            "crop": _BYOL_CROP, "flip": 0.5, "jitter": _BYOL_JITTER, "gray": 0.2,
-            "blur": {"sigma": [0.1, 2.0], "probability": 0.1}, "solarise": {"threshold": 0.5, "probability": 0.2},
-        },
-    },
-    # SwAV (Caron et al., 2020), 2 x 224 + 6 x 96 pixels; local views keep that proportion at other sizes. (Its blur
-    # draws a radius for PIL's approximation; here the same range is the Gaussian's sigma.)
-    "multicrop": {
-        "global": {"count": 2, "crop": {"scale": [0.14, 1.0]}, **_SWAV},
-        "local": {"stream": "local", "count": 6, "crop": {"scale": [0.05, 0.14]}, **_SWAV},
-    },
-}  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -14,12 +15,18 @@ from mvmr.types import Section
 
 RESNETS = ("resnet18", "resnet34", "resnet50")
 TIMM = "timm:"
-TIMMS_NAME = {"image_size": "img_size", "patch_size": "patch_size", "drop_path": "drop_path_rate"}
+TIMMS_NAME = {
+    "image_size": "img_size",
+    "patch_size": "patch_size",
+    "drop_path": "drop_path_rate",
+    "any_size": "dynamic_img_size",
+}
 """What timm's constructors call the settings that are passed to them; not all models take all."""
 REMEDIES = {
     "image_size": "leave encoder.image_size out where the model takes any size, else take a multiple of its patch size",
     "patch_size": "leave encoder.patch_size out, or take a vision transformer, whose patches can be of any size",
     "drop_path": "leave encoder.drop_path out, or take a model with residual branches that can be dropped",
+    "any_size": "leave encoder.any_size out: only vision transformers have position embeddings to interpolate",
 }
 
 
@@ -42,6 +49,9 @@ class EncoderConfig(Section):
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     """Share of images for which the last residual branch is dropped while training; rises linearly with depth from 0
     (stochastic depth, Huang et al., ECCV 2016). timm only."""
+    any_size: bool = False
+    """Interpolate position embeddings to each image's size, so that a vision transformer takes local views too. timm
+    only."""
 
     @field_validator("name")
     @classmethod
@@ -56,7 +66,7 @@ class EncoderConfig(Section):
             unused = {"stem": "imagenet", "width": 1.0, "zero_init_residual": True}
             remedy = "applies to the ResNets only: leave it out, or take one of " + ", ".join(RESNETS)
         else:
-            unused = {"image_size": None, "patch_size": None, "drop_path": 0.0}
+            unused = {"image_size": None, "patch_size": None, "drop_path": 0.0, "any_size": False}
             remedy = "applies to timm models only: leave it out, a ResNet takes images of any size"
         given = [key for key, default in unused.items() if getattr(self, key) != default]
         if given:
@@ -69,14 +79,20 @@ class EncoderConfig(Section):
         return self
 
 
-def build_encoder(config: EncoderConfig, *, side: int | None = None) -> tuple[nn.Module, int]:
+def build_encoder(
+    config: EncoderConfig, *, side: int | None = None, local_sides: Iterable[int] = ()
+) -> tuple[nn.Module, int]:
     """A freshly initialised encoder, normalised [B, 3, H, W] -> [B, D] float, and its D.
 
-    side: of the images that it will get, where known, so that a model made for another size is refused at once.
+    side: of the images that it will get, where known, so that a model made for another size is refused at once;
+    local_sides: the sides of further views that it must take.
     Raises UserError for a timm name that timm does not know, or settings or sizes that the model cannot take.
     """
     if config.name.startswith(TIMM):
-        return build_timm(config, side=side)
+        net, width = build_timm(config, side=side)
+        for local in local_sides:
+            _check_takes(net, config, local)
+        return net, width
     # torchvision takes about a second to import, so settings can be read without it.
     from mvmr.nets.resnet import LAYOUTS, ResNet
 
@@ -138,6 +154,16 @@ def output_width(net: nn.Module, config: EncoderConfig, side: int | None = None)
             f"encoder.name={config.name}: gives {list(features.shape)} per image, not one vector; take another model"
         )
     return features.shape[1]
+
+
+def _check_takes(net: nn.Module, config: EncoderConfig, side: int) -> None:
+    try:
+        output_width(net, config, side)
+    except UserError:
+        raise UserError(
+            f"encoder.name={config.name} cannot take the run's views of {side} pixels: set encoder.any_size=true for a "
+            "vision transformer, with a patch size that divides every view, or give views.crops other sizes"
+        ) from None
 
 
 def timm_settings(net: nn.Module) -> dict[str, Any]:
