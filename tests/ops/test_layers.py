@@ -33,6 +33,18 @@ def test_mlp_of_one_layer_and_with_bias() -> None:
         mlp([3])
 
 
+def test_mlp_of_other_papers() -> None:
+    without = mlp([4, 6, 8], bias=True, norm=False, activation=nn.GELU)
+    assert [type(layer) for layer in without] == [nn.Linear, nn.GELU, nn.Linear]
+    byol = mlp([4, 6, 8], bias=True, last_bias=False)
+    assert (byol[0].bias is not None, byol[-1].bias is None) == (True, True)
+    plain = mlp([4, 6, 8], last_norm="plain")[-1]
+    assert (type(plain), plain.affine, list(plain.parameters())) == (nn.BatchNorm1d, False, [])
+    scaled = mlp([4, 6, 8], last_norm="scale")[-1]
+    assert [(name, p.requires_grad) for name, p in scaled.named_parameters()] == [("weight", True), ("bias", False)]
+    assert scaled.bias.abs().sum() == 0
+
+
 def two_steps(norm: nn.Module, batches: Tensor, rows: slice = slice(None)) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs, input gradients and parameter gradients of two training steps; then the state."""
     found = []

@@ -5,7 +5,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from mvmr.ops.random import permutation, philox, uniform
+from mvmr.ops.random import permutation, philox, step_seed, uniform
 
 ONES = 0xFFFFFFFF
 KNOWN_ANSWERS = [  # from Random123's kat_vectors, philox4x32 with 10 rounds
@@ -134,3 +134,10 @@ def test_permutation_is_fair():
 def test_permutation_refuses_negative_lengths():
     with pytest.raises(ValueError, match="negative"):
         permutation(0, 0, -1)
+
+
+def test_step_seed_differs_in_every_argument_and_fits_a_generator():
+    seeds = {step_seed(*where) for where in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1), (7, 10**6, 63)]}
+    assert len(seeds) == 6
+    for seed in seeds:
+        torch.Generator().manual_seed(seed)

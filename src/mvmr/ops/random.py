@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["PERMUTATION_STREAM", "permutation", "philox", "uniform"]
+__all__ = ["PERMUTATION_STREAM", "permutation", "philox", "step_seed", "uniform"]
 
 PERMUTATION_STREAM = 0xFFFFFFFF
 """The stream of `permutation`; the streams of views are small numbers."""
@@ -70,6 +70,11 @@ def permutation(seed: int, epoch: int, n: int) -> Tensor:
         words = _words(seed, epoch, counters, PERMUTATION_STREAM, blocks=1).view(-1, 2)
         keys[start:stop] = ((words[:, 0] << 31) | (words[:, 1] >> 1))[: stop - start]
     return torch.argsort(keys, stable=True)
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed in [0, 2^63) of what a method draws at a step on a rank, so that a resumed run draws the same."""
+    return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % (1 << 63)
 
 
 def _words(seed: int, epoch: int, index: Tensor, stream: int | Tensor, *, blocks: int) -> Tensor:
