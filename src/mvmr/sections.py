@@ -20,6 +20,8 @@ class OptimizerConfig(Section):
     """Multiplies the encoder's rate once for every layer below its last (BEiT, MAE: 0.65 to 0.75); null: one rate."""
     weight_decay: float = Field(1e-6, ge=0)
     """Weight decay (an L2 term in adam and sgd, decoupled in adamw)."""
+    final_weight_decay: float | None = Field(None, ge=0)
+    """Weight decay at the last step, reached along a half cosine (DINO: 0.4); null: constant."""
     decay_biases_and_norms: bool = False
     """False takes one-dimensional parameters out of weight decay and of LARS's adaptation."""
     momentum: float = Field(0.9, ge=0, lt=1)
@@ -32,6 +34,8 @@ class OptimizerConfig(Section):
     """Added to adam's and adamw's denominator."""
     trust_coefficient: float = Field(0.001, gt=0)
     """eta of LARS."""
+    lars_clip: bool = False
+    """True never lets LARS raise a rate above `lr` (solo-learn's CIFAR settings, with a trust coefficient of 0.02)."""
     lars_momentum: Literal["decoupled", "classic"] = "decoupled"
     """classic puts the rate inside the momentum buffer (SimCLR), decoupled does not (BYOL, VICReg, Barlow Twins)."""
 
@@ -65,7 +69,9 @@ class EngineConfig(Section):
     accumulate: int = Field(1, ge=1)
     """Batches an optimiser step; enlarges neither the batch that the loss sees nor that of batch norm."""
     clip_norm: float | None = Field(None, gt=0)
-    """Global gradient norm to clip at; null: none."""
+    """Gradient norm to clip at; null: none."""
+    clip_each: bool = False
+    """Clip every parameter tensor by its own norm (DINO) instead of all by their common one."""
     compile: bool = False
     """torch.compile of the networks."""
     channels_last: bool = False

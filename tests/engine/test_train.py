@@ -127,6 +127,16 @@ def test_resume_refuses_other_images_and_allows_other_watching(tmp_path: Path) -
         train(moved, out, resume=True, quiet=True)
 
 
+def test_resume_takes_a_run_from_before_a_setting_existed(tmp_path: Path) -> None:
+    import yaml
+
+    out = train(tiny(schedule__epochs=1), tmp_path / "run", quiet=True)
+    written = yaml.safe_load((out / "config.yaml").read_text())
+    del written["optimizer"]["lars_clip"], written["engine"]["clip_each"]
+    (out / "config.yaml").write_text(yaml.safe_dump(written))
+    assert train(tiny(schedule__epochs=1), out, resume=True, quiet=True) == out
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     out = train(tiny(), tmp_path / "run", quiet=True)
     encoder, metrics = (out / "encoder.safetensors").read_bytes(), (out / "metrics.jsonl").read_text()

@@ -103,13 +103,16 @@ class Metrics(Callback):
 
     def _log(self, trainer: Trainer) -> None:
         now = time.monotonic()
+        means = {name: total / self._batches for name, total in self._sums.items()}
+        if trainer.world_size > 1:  # of losses that are of this rank's part; those of the whole batch are equal anyway
+            means = {name: trainer.strategy.reduce(mean, reduce_op="mean") for name, mean in sorted(means.items())}
         self.latest = {
             "step": trainer.global_step,
             "epoch": trainer.current_epoch,
             "seconds": now - self._started,
             "images_per_second": self._batches * self.batch_size / max(now - self._since, 1e-9),
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
-            **{f"train/{name}": (total / self._batches).item() for name, total in self._sums.items()},
+            **{f"train/{name}": mean.item() for name, mean in means.items()},
         }
         self._sums, self._batches, self._since, self._logged = {}, 0, now, trainer.global_step
         if trainer.is_global_zero:

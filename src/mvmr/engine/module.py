@@ -16,7 +16,8 @@ from mvmr.engine.passes import feature_pass
 from mvmr.errors import RunError
 from mvmr.methods import Method
 from mvmr.ops.layers import synchronise_batch_norm
-from mvmr.ops.schedules import warmup_cosine
+from mvmr.ops.random import step_seed
+from mvmr.ops.schedules import cosine, warmup_cosine
 from mvmr.types import Batch, Step
 
 
@@ -59,7 +60,7 @@ class Adapter(LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         self.prepare()
         # What a method draws is a function of (seed, step, rank), so that a resumed run draws the same.
-        torch.manual_seed(_mixed(self.run.seed, self.trainer.fit_loop.total_batch_idx, self.global_rank))
+        torch.manual_seed(step_seed(self.run.seed, self.trainer.fit_loop.total_batch_idx, self.global_rank))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         terms = self.method.loss(batch, self.now())
@@ -89,6 +90,10 @@ class Adapter(LightningModule):
     ) -> None:
         # Here and not in `on_train_batch_end`, which fires for every part of an accumulated batch.
         step = self.now()
+        decay = self.weight_decay_at(step.step)
+        for group in self.trainer.optimizers[0].param_groups:
+            if group["run_decay"]:
+                group["weight_decay"] = decay
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.method.after_step(step)
 
@@ -102,12 +107,29 @@ class Adapter(LightningModule):
             final=schedule.final,
         )
 
+    def weight_decay_at(self, step: int) -> float:
+        first, last = self.run.optimizer.weight_decay, self.run.optimizer.final_weight_decay
+        return first if last is None else cosine(step, self.total_steps, first, last)
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        if self.run.engine.clip_each and gradient_clip_val is not None:
+            for parameter in self.method.parameters():
+                if parameter.grad is not None:
+                    torch.nn.utils.clip_grad_norm_(parameter, gradient_clip_val)
+            return
+        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def configure_optimizers(self) -> Any:
         config = self.run.optimizer
         scales = None if config.layer_decay is None else decayed_rates(self.method, config.layer_decay)
         optimizer = build_optimizer(self.method.parameter_groups(), config, self.run.peak_lr, scales=scales)
         # Stepped by Lightning once an optimiser step, never by loader steps.
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_scale_at)
+        curves: list[Callable[[int], float]] = [
+            _constant if group.get("constant_lr") else self.lr_scale_at for group in optimizer.param_groups
+        ]
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, curves)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _forget_state_of(self, parameters: list[nn.Parameter]) -> None:
@@ -116,5 +138,5 @@ class Adapter(LightningModule):
                 optimizer.state.pop(parameter, None)
 
 
-def _mixed(seed: int, step: int, rank: int) -> int:
-    return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % (1 << 63)
+def _constant(step: int) -> float:
+    return 1.0

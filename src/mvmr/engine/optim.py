@@ -21,7 +21,7 @@ _READS = {
     "adam": {"betas", "epsilon"},
     "adamw": {"betas", "epsilon"},
     "sgd": {"momentum", "nesterov"},
-    "lars": {"momentum", "trust_coefficient", "lars_momentum"},
+    "lars": {"momentum", "trust_coefficient", "lars_clip", "lars_momentum"},
 }
 
 
@@ -34,7 +34,8 @@ class LARS(Optimizer):
         decoupled  v = momentum v + trust d,       p -= lr v     (BYOL, VICReg, Barlow Twins)
         classic    v = momentum v + lr trust d,    p -= v        (SimCLR)
 
-    They differ only while the rate changes: classic remembers the rate at which each gradient was met.
+    They differ only while the rate changes: classic remembers the rate at which each gradient was met. With `clip`,
+    trust is min(trust / lr, 1): a tensor's rate is its own adapted one, and at most lr (apex's LARC).
     Any float dtype and device; norms are taken in float32 at least. Raises ValueError for settings out of range.
     """
 
@@ -47,6 +48,7 @@ class LARS(Optimizer):
         weight_decay: float = 0.0,
         trust_coefficient: float = 0.001,
         flavour: Literal["decoupled", "classic"] = "decoupled",
+        clip: bool = False,
     ):
         for name, value in {"lr": lr, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient}.items():
             if value < 0:
@@ -61,6 +63,7 @@ class LARS(Optimizer):
             "weight_decay": weight_decay,
             "trust_coefficient": trust_coefficient,
             "flavour": flavour,
+            "clip": clip,
             "adapt": True,
         }
         super().__init__(params, defaults)
@@ -81,7 +84,7 @@ class LARS(Optimizer):
     def _update(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
         direction = gradient.add(parameter, alpha=group["weight_decay"]) if group["weight_decay"] else gradient
         if group["adapt"]:
-            direction = direction * _trust(parameter, direction, group["trust_coefficient"]).to(direction.dtype)
+            direction = direction * _trust(parameter, direction, group).to(direction.dtype)
         inside, outside = (group["lr"], 1.0) if group["flavour"] == "classic" else (1.0, group["lr"])
         state = self.state[parameter]
         if "momentum_buffer" not in state:
@@ -90,13 +93,16 @@ class LARS(Optimizer):
         parameter.sub_(velocity, alpha=outside)
 
 
-def _trust(parameter: Tensor, direction: Tensor, coefficient: float) -> Tensor:
+def _trust(parameter: Tensor, direction: Tensor, group: Mapping[str, Any]) -> Tensor:
     # Selected on the device: a Python branch on the norms would wait for the device at every tensor.
     precise = torch.promote_types(parameter.dtype, torch.float32)
     weight = torch.linalg.vector_norm(parameter, dtype=precise)  # []
     update = torch.linalg.vector_norm(direction, dtype=precise)  # []
     usable = (weight > 0) & (update > 0)
-    return torch.where(usable, coefficient * weight / torch.where(usable, update, 1.0), 1.0)
+    trust = group["trust_coefficient"] * weight / torch.where(usable, update, 1.0)
+    if group["clip"] and group["lr"] > 0:
+        trust = (trust / group["lr"]).clamp(max=1.0)
+    return torch.where(usable, trust, 1.0)
 
 
 def build_optimizer(
@@ -111,6 +117,7 @@ def build_optimizer(
     Each group is split: matrices and kernels are decayed (and adapted by LARS); biases and norms, which have at most
     one dimension, are not, unless `decay_biases_and_norms`. Parameters that need no gradient are left out. A group
     may carry "lr_scale" (multiplies `lr`; 1 if absent), its own "weight_decay", and keys of the method's own, all kept.
+    Parts whose decay is the run's, and may so be scheduled, are marked "run_decay".
     scales: what multiplies the rate of single parameters (layer decay), 1 for those not named; a group is split further
     into one part a value, the highest rate first.
     Warns about settings that differ from their default though the chosen optimiser does not read them.
@@ -125,7 +132,10 @@ def build_optimizer(
         return SGD(parts, lr=lr, momentum=config.momentum, weight_decay=decay, nesterov=config.nesterov)
     if config.name == "lars":
         trust, flavour = config.trust_coefficient, config.lars_momentum
-        return LARS(parts, lr, momentum=config.momentum, weight_decay=decay, trust_coefficient=trust, flavour=flavour)
+        return LARS(
+            parts, lr, momentum=config.momentum, weight_decay=decay,
+            trust_coefficient=trust, flavour=flavour, clip=config.lars_clip,
+        )  # fmt: skip
     kind = {"adam": Adam, "adamw": AdamW}[config.name]
     return kind(parts, lr=lr, betas=config.betas, eps=config.epsilon, weight_decay=decay)
 
@@ -162,8 +172,9 @@ def _split(
     parts = []
     for scale in sorted({scales.get(p, 1.0) for p in trained}, reverse=True):
         equal = [p for p in trained if scales.get(p, 1.0) == scale]
-        decayed = {**shared, "lr": lr * scale, "params": [p for p in equal if not spared(p)]}
-        undecayed = {**shared, "lr": lr * scale, "params": [p for p in equal if spared(p)], "weight_decay": 0.0}
+        common = {**shared, "lr": lr * scale, "run_decay": "weight_decay" not in shared}
+        decayed = {**common, "params": [p for p in equal if not spared(p)]}
+        undecayed = {**common, "params": [p for p in equal if spared(p)], "weight_decay": 0.0, "run_decay": False}
         if config.name == "lars":
             undecayed["adapt"] = False
         parts += [decayed, undecayed]

@@ -18,7 +18,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.strategies import DDPStrategy
 
 from mvmr import __version__
-from mvmr.config import OnlineConfig, Run
+from mvmr.config import OnlineConfig, Run, load
 from mvmr.data.batches import BatchMaker
 from mvmr.data.datasets import DATASETS
 from mvmr.data.files import write_unreadable
@@ -108,7 +108,7 @@ def build(run: Run, *, progress: Progress | None = None, teachers: Mapping[str, 
     )
     with torch.random.fork_rng():
         torch.manual_seed(run.seed)
-        encoder, dim = build_encoder(run.encoder, side=run.views.size)
+        encoder, dim = build_encoder(run.encoder, side=run.views.size, local_sides=run.views.sides())
         method = METHODS[run.method.name](encoder, dim, run.method)
     card = EncoderCard(
         encoder=run.encoder, dim=dim, image_size=run.views.size, mean=mean, std=std,
@@ -218,7 +218,8 @@ def _claim(out: Path, run: Run, *, resume: bool) -> None:
         return
     if not written.exists():
         raise UserError(f"{out} holds no run to resume ({CONFIG} is missing): leave out --resume, or give --out")
-    before, now = yaml.safe_load(written.read_text()), run.resolved()
+    # Read as a run, so that a setting that came with a newer version counts as its default.
+    before, now = load(written).resolved(), run.resolved()
     changed = sorted(_differences(before, now) - FREE_ON_RESUME)
     if changed:
         raise UserError(
@@ -249,7 +250,7 @@ def _write_start(out: Path, run: Run, source: ImageSource) -> None:
 
 
 def _warn_of_settings_without_effect(run: Run) -> None:
-    for remark in run.method.remarks(run.representations):
+    for remark in run.method.remarks(run.views.counts(), run.representations):
         warnings.warn(remark, stacklevel=2)
     if run.engine.accumulate > 1:
         warnings.warn(
