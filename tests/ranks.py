@@ -27,11 +27,14 @@ GRACE_SECONDS = 5.0  # for the other ranks' own tracebacks once one has failed
 
 
 def averaged_gradients(module: Any, world_size: int) -> dict[str, Any]:
-    """{parameter: its gradient, averaged over ranks as DDP does}; every parameter must have one."""
+    """{trained parameter: its gradient, averaged over ranks as DDP does}; every one must have one."""
     from torch import distributed  # the parent process of the ranks starts without torch
 
     found = {}
     for key, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            assert parameter.grad is None, key
+            continue
         assert parameter.grad is not None, key
         if world_size > 1:
             distributed.all_reduce(parameter.grad)

@@ -93,6 +93,11 @@ class Run(Section):
         self.method.check_representations(merged)
         return self
 
+    @model_validator(mode="after")
+    def _views_that_the_method_takes(self) -> Run:
+        self.method.check_views(self.views.counts())
+        return self
+
     def resolved(self) -> dict[str, Any]:
         """Every setting as plain mappings, ready for YAML."""
         return self.model_dump(mode="json")

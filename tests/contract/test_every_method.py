@@ -13,6 +13,7 @@ from mvmr.config import load, recipe_names
 from mvmr.engine.optim import build_optimizer
 from mvmr.engine.train import assemble
 from mvmr.methods import METHODS
+from mvmr.ops.random import step_seed
 from mvmr.ops.schedules import warmup_cosine
 from mvmr.types import Step
 from tiny import METHODS as TINY
@@ -60,10 +61,25 @@ def test_loss_is_finite_and_reaches_every_parameter(name: str) -> None:
 
 
 @every_method
+def test_objective_changes_nothing_but_batch_norm(name: str) -> None:
+    """A loss may be asked for and thrown away: queues, centres and averages move in `after_step` alone."""
+    parts, data = parts_and_data(tiny(name))
+    batch = parts.maker(next(iter(data.loader())))
+    before = weights(parts.method)
+    parts.method.loss(batch, Step(0, 10, 5))
+    after = weights(parts.method)
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    changed = {key for key, value in before.items() if not torch.equal(value, after[key])}
+    assert {key for key in changed if key.rpartition(".")[2] not in statistics} == set()
+
+
+@every_method
 def test_bfloat16_autocast_runs(name: str) -> None:
     parts, data = parts_and_data(tiny(name))
     batch = parts.maker(next(iter(data.loader())))
+    torch.manual_seed(0)
     exact = parts.method.loss(batch, Step(0, 10, 5))["loss"]
+    torch.manual_seed(0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rough = parts.method.loss(batch, Step(0, 10, 5))["loss"]
     rough.backward()
@@ -92,6 +108,7 @@ def test_trainer_equals_a_bare_loop_bit_for_bit(name: str, tmp_path: Path) -> No
             for group, lr in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = lr * scale
             optimizer.zero_grad()
+            torch.manual_seed(step_seed(run.seed, step.step, 0))
             parts.method.loss(parts.maker(loaded), step)["loss"].backward()
             parts.method.after_backward(step)
             optimizer.step()
@@ -119,6 +136,7 @@ def losses_of_twenty_steps(name: str) -> list[float]:
         for loaded in loader:
             step = Step(len(losses), 20, len(loader))
             optimizer.zero_grad()
+            torch.manual_seed(step.step)
             loss = method.loss(maker(loaded), step)["loss"]
             loss.backward()
             method.after_backward(step)

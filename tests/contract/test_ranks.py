@@ -16,7 +16,7 @@ from tiny import in_float64, parts_and_data, tiny
 
 
 def gradients(rank: int, name: str, world_size: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Gradients (averaged over ranks, as DDP does) and buffers after one step's forward and backward."""
+    """Gradients (averaged over ranks, as DDP does) and buffers after one step but for the optimiser's part."""
     run = tiny(name)
     parts, data = parts_and_data(run)
     maker = in_float64(parts.maker)
@@ -25,8 +25,13 @@ def gradients(rank: int, name: str, world_size: int) -> tuple[dict[str, torch.Te
         method = synchronise_batch_norm(method)
     loaded = next(iter(data.loader(rank, world_size)))
     assert len(loaded.index) == run.data.batch_size // world_size
-    method.loss(maker(loaded), Step(0, 10, 5))["loss"].backward()
-    return averaged_gradients(method, world_size), {key: value.clone() for key, value in method.named_buffers()}
+    step = Step(0, 10, 5)
+    torch.manual_seed(rank)  # a method that draws must not need equal numbers on all ranks
+    method.loss(maker(loaded), step)["loss"].backward()
+    found = averaged_gradients(method, world_size)
+    method.after_backward(step)
+    method.after_step(step)
+    return found, {key: value.clone() for key, value in method.named_buffers()}
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

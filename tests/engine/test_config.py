@@ -72,3 +72,23 @@ def test_method_may_be_a_name_alone() -> None:
 def test_shipped_recipes_are_named_as_their_files() -> None:
     assert all(load(name).name == name for name in recipe_names())
     assert {"mvmr_digits", "mvmr_cifar10_cpu", "mvmr_folder"} <= set(recipe_names())
+
+
+def test_a_method_says_which_views_it_takes() -> None:
+    run = tiny()
+    assert run.views.counts() == {"global": 1}
+    assert run.method.remarks({"global": 1}, ["hog"]) == []
+    assert run.method.remarks({"global": 3, "local": 4}, ["hog"]) == [
+        "mvmr does not look at the stream `local` of views, which is made all the same",
+        "mvmr does not look at 2 of the views of the stream `global`, which is made all the same",
+    ]
+    with pytest.raises(UserError, match=r"mvmr takes 1 views of the stream `global`, and `views` makes 0"):
+        tiny(views={"recipe": "mvmr", "size": 16, "crops": {"augmented": {"stream": "other"}}})
+
+
+def test_every_side_and_stream_of_views() -> None:
+    views = load("mvmr_cifar10_cpu", ["views.recipe=dino", "views.crops={local: {size: 16}}"]).views
+    assert views.counts() == {"global": 2, "local": 8}
+    assert views.sides() == [16, 32]
+    none = load("mvmr_cifar10_cpu", ["views.recipe=dino", "views.crops={local: {count: 0}}"]).views
+    assert (none.counts(), none.sides()) == ({"global": 2}, [32])

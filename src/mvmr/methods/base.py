@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, ClassVar, final
 
 from torch import Tensor, nn
@@ -18,16 +18,38 @@ class MethodConfig(Section):
     name: str
     """The method's key in METHODS."""
 
+    needs: ClassVar[Mapping[str, int]] = {"global": 2}
+    """{stream: how many of its views the method takes}; 0: any number, and none is well too."""
+    takes_representations: ClassVar[bool] = False
+    """Whether the method looks at the run's representations."""
+
     def representation_defaults(self) -> dict[str, dict[str, Any]]:
         """Settings that a preset gives to representations, by name; what the user gives comes on top."""
         return {}
 
+    def check_views(self, counts: Mapping[str, int]) -> None:
+        """Raise ValueError where the run's views, {stream: number}, are fewer than the method takes."""
+        for stream, needed in self.needs.items():
+            if counts.get(stream, 0) < needed:
+                raise ValueError(
+                    f"{self.name} takes {needed} views of the stream `{stream}`, and `views` makes "
+                    f"{counts.get(stream, 0)}: choose another views.recipe, or set the count of one of views.crops"
+                )
+
     def check_representations(self, names: Collection[str]) -> None:
         """Raise ValueError where these settings do not fit the run's representations."""
 
-    def remarks(self, representations: Collection[str]) -> list[str]:
-        """What to warn of when a run starts with these representations."""
-        return []
+    def remarks(self, counts: Mapping[str, int], representations: Collection[str]) -> list[str]:
+        """What to warn of when a run starts with these views, {stream: number}, and representations."""
+        unused = [f"the stream `{stream}` of views" for stream in counts if stream not in self.needs]
+        unused += [
+            f"{count - self.needs[stream]} of the views of the stream `{stream}`"
+            for stream, count in counts.items()
+            if 0 < self.needs.get(stream, 0) < count
+        ]
+        if representations and not self.takes_representations:
+            unused.append(f"`representations` ({', '.join(representations)})")
+        return [f"{self.name} does not look at {what}, which is made all the same" for what in unused]
 
 
 class Method(nn.Module, ABC):
@@ -54,7 +76,11 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def objective(self, embeddings: dict[str, Tensor], batch: Batch, step: Step) -> dict[str, Tensor]:
-        """Terms over the whole batch (gathered here): "loss" is minimised, the others are logged by name."""
+        """Terms over the whole batch (gathered here): "loss" is minimised, the others are logged by name.
+
+        Changes no parameter and no buffer but those of batch norm: what it learns of the batch for queues and averages
+        is kept aside, detached, for `after_step`. Terms may be of this rank's part: their mean over ranks is logged.
+        """
 
     @final
     def loss(self, batch: Batch, step: Step) -> dict[str, Tensor]:
@@ -75,5 +101,9 @@ class Method(nn.Module, ABC):
         return None
 
     def parameter_groups(self) -> list[dict]:
-        """Optimiser groups; by default one with all trainable parameters."""
+        """Optimiser groups; by default one with all trainable parameters.
+
+        Keys beside "params": "lr_scale" multiplies the rate, "weight_decay" replaces the run's, and "constant_lr": True
+        keeps the rate at its peak. The engine takes biases and norms of every group out of weight decay.
+        """
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]

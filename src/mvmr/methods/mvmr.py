@@ -34,6 +34,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 class MVMRConfig(MethodConfig):
     """Settings of MV-MR; the defaults are the paper's, with the two deviations argued in docs/deviations.md."""
 
+    needs: ClassVar[Mapping[str, int]] = {"global": 1}
+    takes_representations: ClassVar[bool] = True
+
     name: Literal["mvmr"] = "mvmr"
     """The method's key."""
     preset: Literal["paper", "official"] = "paper"
@@ -91,8 +94,9 @@ class MVMRConfig(MethodConfig):
         if unknown:
             raise ValueError(f"method.beta names {', '.join(unknown)}, which `representations` does not have")
 
-    def remarks(self, representations: Collection[str]) -> list[str]:
-        return [] if representations else ["`representations` is empty: MV-MR trains on its views alone (L1 + L2)"]
+    def remarks(self, counts: Mapping[str, int], representations: Collection[str]) -> list[str]:
+        alone = [] if representations else ["`representations` is empty: MV-MR trains on its views alone (L1 + L2)"]
+        return super().remarks(counts, representations) + alone
 
 
 class MVMR(Method):
