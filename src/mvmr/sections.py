@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mvmr.types import Section
 
@@ -41,7 +41,7 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Length and learning-rate curve, counted in optimiser steps: linear warm-up, then cosine."""
+    """Length and learning-rate curve, counted in optimiser steps: linear warm-up, then a curve down."""
 
     epochs: int = Field(100, ge=1)
     """Passes over the training images."""
@@ -50,7 +50,19 @@ class ScheduleConfig(Section):
     start: float = Field(0.01, ge=0)
     """First rate, as a share of the peak."""
     final: float = Field(0.01, ge=0)
-    """Last rate, as a share of the peak."""
+    """Last rate of the cosine, as a share of the peak."""
+    shape: Literal["cosine", "steps"] = "cosine"
+    """cosine: half a period down to `final`; steps: constant between `drops`, or throughout where there are none."""
+    drops: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """Epochs from which on the rate is multiplied by `drop_factor` (MoCo v1: 120 and 160); shape steps only."""
+    drop_factor: float = Field(0.1, gt=0, le=1)
+    """What the rate is multiplied by at every drop."""
+
+    @model_validator(mode="after")
+    def _drops_are_used(self) -> ScheduleConfig:
+        if self.drops and self.shape != "steps":
+            raise ValueError("drops are given, but shape is cosine: set schedule.shape=steps, or leave drops out")
+        return self
 
 
 class EngineConfig(Section):

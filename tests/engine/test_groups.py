@@ -13,6 +13,7 @@ from torch import nn
 
 from mvmr.engine.optim import LARS, OptimizerConfig, build_optimizer
 from mvmr.engine.train import assemble
+from mvmr.errors import UserError
 from mvmr.methods import MVMR
 from tiny import parts_and_data, tiny
 
@@ -69,6 +70,14 @@ def test_a_group_may_keep_its_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert step[2:] == [1e-3, 1e-3]
     assert rates[0][0] == pytest.approx(1e-5)
     assert len({step[0] for step in rates}) > 8
+
+
+def test_a_rate_that_falls_in_steps(tmp_path: Path) -> None:
+    schedule = {"epochs": 2, "warmup_epochs": 0, "shape": "steps", "drops": [1, 1.5], "drop_factor": 0.5}
+    groups, _ = fitted(tmp_path, schedule=schedule)
+    assert [step[0]["lr"] for step in groups.seen] == pytest.approx([1e-3] * 6 + [5e-4] * 3 + [2.5e-4] * 3, rel=1e-12)
+    with pytest.raises(UserError, match=r"schedule: drops are given, but shape is cosine.*schedule\.shape=steps"):
+        tiny(schedule={"epochs": 2, "drops": [1]})
 
 
 @pytest.mark.parametrize("each", [False, True])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mvmr.ops.schedules import cosine, linear, warmup_cosine
+from mvmr.ops.schedules import cosine, linear, warmup_cosine, warmup_steps_down
 
 
 def curve(total_steps: int, warmup_steps: int, *, start: float = 0.0, final: float = 0.0) -> list[float]:
@@ -102,3 +102,11 @@ def test_impossible_lengths_are_refused() -> None:
         warmup_cosine(0, total_steps=10, warmup_steps=-1)
     with pytest.raises(ValueError, match="total_steps is -2"):
         linear(0, -2, 0.0, 1.0)
+
+
+def test_steps_down_after_a_warmup() -> None:
+    values = [warmup_steps_down(s, drops=[6, 8], factor=0.1, warmup_steps=2, start=0.5) for s in range(10)]
+    assert values == pytest.approx([0.5, 0.75, 1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01], rel=1e-12)
+    assert [warmup_steps_down(s, drops=[], factor=0.1, warmup_steps=0) for s in range(3)] == [1.0, 1.0, 1.0]
+    with pytest.raises(ValueError, match="warmup_steps is -1"):
+        warmup_steps_down(0, drops=[], factor=0.1, warmup_steps=-1)

@@ -17,7 +17,7 @@ from mvmr.errors import RunError
 from mvmr.methods import Method
 from mvmr.ops.layers import synchronise_batch_norm
 from mvmr.ops.random import step_seed
-from mvmr.ops.schedules import cosine, warmup_cosine
+from mvmr.ops.schedules import cosine, warmup_cosine, warmup_steps_down
 from mvmr.types import Batch, Step
 
 
@@ -98,13 +98,14 @@ class Adapter(LightningModule):
         self.method.after_step(step)
 
     def lr_scale_at(self, step: int) -> float:
-        schedule = self.run.schedule
+        schedule, epoch = self.run.schedule, self.steps_per_epoch
+        warmup = round(schedule.warmup_epochs * epoch)
+        if schedule.shape == "steps":
+            drops = [round(drop * epoch) for drop in schedule.drops]
+            factor, start = schedule.drop_factor, schedule.start
+            return warmup_steps_down(step, drops=drops, factor=factor, warmup_steps=warmup, start=start)
         return warmup_cosine(
-            step,
-            total_steps=self.total_steps,
-            warmup_steps=round(schedule.warmup_epochs * self.steps_per_epoch),
-            start=schedule.start,
-            final=schedule.final,
+            step, total_steps=self.total_steps, warmup_steps=warmup, start=schedule.start, final=schedule.final
         )
 
     def weight_decay_at(self, step: int) -> float:

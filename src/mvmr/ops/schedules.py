@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 
 def linear(step: int, total_steps: int, start: float, end: float) -> float:
@@ -38,6 +39,20 @@ def warmup_cosine(step: int, *, total_steps: int, warmup_steps: int, final: floa
     if step < warmup:
         return linear(step, warmup + 1, start, 1.0)
     return cosine(step - warmup, total_steps - warmup, 1.0, final)
+
+
+def warmup_steps_down(
+    step: int, *, drops: Sequence[int], factor: float, warmup_steps: int, start: float = 0.0
+) -> float:
+    """Multiplier of the peak rate: a line from `start` to 1 over the warm-up, then `factor` once for every drop so far.
+
+    drops: optimiser steps from which on the rate is multiplied by `factor` once more; none: a constant rate.
+    Raises ValueError when `warmup_steps` is negative.
+    """
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps is {warmup_steps}; it must be 0 or more")
+    warm = linear(step, warmup_steps + 1, start, 1.0) if step < warmup_steps else 1.0
+    return warm * factor ** sum(step >= drop for drop in drops)
 
 
 def _progress(step: int, total_steps: int) -> float:
