@@ -181,3 +181,32 @@ def test_a_failure_on_one_rank_reaches_the_test_and_the_next_call_works() -> Non
     with pytest.raises(RuntimeError, match=r"(?s)rank 1: .*fails_on_one_rank.*lost by rank one"):
         run_on_ranks(fails_on_one_rank, 2)
     assert len(run_on_ranks(gathers_every_dtype, 2)) == 2
+
+
+def takes_from_the_first(rank: int) -> tuple[list[Tensor], Tensor, bool]:
+    mine = [torch.tensor([[0, 1], [1, 0]]).to(dtype) if rank == 0 else torch.ones(2, 2).to(dtype) for dtype in DTYPES]
+    transposed = (torch.arange(6).view(3, 2) + 10 * rank).T  # not contiguous
+    drawn = torch.full((2,), float(rank), requires_grad=True)
+    received = collectives.from_first_rank(drawn)
+    assert drawn.tolist() == [rank, rank], "the argument is left alone"
+    assert received.tolist() == [0, 0]
+    return (
+        [collectives.from_first_rank(x) for x in mine],
+        collectives.from_first_rank(transposed),
+        received.requires_grad,
+    )
+
+
+def test_every_rank_has_what_the_first_one_drew() -> None:
+    for of_dtypes, transposed, needs_gradient in run_on_ranks(takes_from_the_first, 2):
+        for dtype, result in zip(DTYPES, of_dtypes, strict=True):
+            assert torch.equal(result, torch.tensor([[0, 1], [1, 0]]).to(dtype))
+            assert result.dtype == dtype
+        assert transposed.tolist() == [[0, 2, 4], [1, 3, 5]]
+        assert not needs_gradient
+
+
+def test_one_process_has_its_own() -> None:
+    x = normal(4, 3).requires_grad_()
+    assert torch.equal(collectives.from_first_rank(x), x)
+    assert not collectives.from_first_rank(x).requires_grad

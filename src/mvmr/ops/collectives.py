@@ -50,6 +50,20 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return _summed_over_ranks(x)
 
 
+def from_first_rank(x: Tensor) -> Tensor:
+    """Rank 0's x on every rank, without gradient: what is drawn at random and must be equal everywhere.
+
+    Any dtype and device of the process group; x has the same shape and dtype on all ranks, and is left unchanged.
+    """
+    if world_size() == 1:
+        return x.detach()
+    if x.dtype == torch.bool:  # gloo has no booleans
+        return from_first_rank(x.contiguous().view(torch.uint8)).view(torch.bool)
+    values = x.detach().clone(memory_format=torch.contiguous_format)
+    dist.broadcast(values, src=0)
+    return values
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
