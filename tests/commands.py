@@ -34,4 +34,4 @@ def same_losses(one: list[dict[str, Any]], two: list[dict[str, Any]], *, steps: 
     """Assert that two runs have met the same losses, to rounding."""
     first, second = ([line["train/loss"] for line in lines if "train/loss" in line] for lines in (one, two))
     assert len(first) == steps
-    assert second == pytest.approx(first, rel=1e-3)
+    assert second == pytest.approx(first, rel=1e-3, abs=1e-4)

@@ -33,6 +33,49 @@ METHODS: dict[str, dict[str, Any]] = {
         "method": {"name": "mvmr", "projector": [32, 32, 32]},
         "representations": {"pixels": {}, "hog": {"bins": 8, "cell": 4}, "augmented_pixels": {}},
     },
+    "simclr": {
+        "method": {"name": "simclr", "head": "v2", "projector": [32, 32, 16]},
+        "views": {"recipe": "simclr", "size": 16},
+    },
+    # At COMMON's rate the heads' last norms, in so narrow a net, amplify rounding tenfold a step.
+    "moco_v3": {
+        "method": {"name": "moco_v3", "projector": [32, 16], "predictor": [32, 16], "momentum": 0.9},
+        "views": {"recipe": "byol", "size": 16},
+        "optimizer": {"lr": 3.0e-4},
+    },
+    "byol": {
+        "method": {"name": "byol", "projector": [32, 16], "predictor_hidden": 32, "momentum": 0.9},
+        "views": {"recipe": "byol", "size": 16},
+    },
+    # The bare loop of the contract tests gives every group the run's curve.
+    "simsiam": {
+        "method": {"name": "simsiam", "projector": [32, 32], "predictor_hidden": 16, "constant_predictor_lr": False},
+        "views": {"recipe": "moco_v2", "size": 16},
+    },
+    "moco": {
+        # Groups of four images; a queue that is no multiple of the batch.
+        "method": {"name": "moco", "hidden": 32, "dim": 16, "queue": 40, "momentum": 0.9, "batch_norm_groups": 4},
+        "views": {"recipe": "moco_v2", "size": 16},
+    },
+    "barlow_twins": {
+        "method": {"name": "barlow_twins", "projector": [32, 32, 32]},
+        "views": {"recipe": "byol", "size": 16},
+    },
+    "vicreg": {
+        "method": {"name": "vicreg", "expander": [32, 32, 32]},
+        "views": {"recipe": "byol", "size": 16},
+    },
+    "dino": {
+        "method": {
+            "name": "dino",
+            "hidden": 32,
+            "bottleneck": 16,
+            "prototypes": 24,
+            "momentum": 0.9,
+            "temperature_epochs": 2,
+        },
+        "views": {"recipe": "dino", "size": 16, "crops": {"local": {"count": 2, "size": 8}}},
+    },
 }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mvmr.cli.listing import entries
 from mvmr.config import load, recipe_names
 from mvmr.engine.optim import build_optimizer
 from mvmr.engine.train import assemble
@@ -31,6 +32,17 @@ def test_methods_files_recipes_and_pages_name_the_same_set() -> None:
     assert files == names
     assert {path.stem for path in (ROOT / "docs/methods").glob("*.md")} == names
     assert {load(recipe).method.name for recipe in recipe_names()} == names
+
+
+def test_the_docs_index_says_of_every_method_what_the_list_says() -> None:
+    index = (ROOT / "docs/index.md").read_text().splitlines()
+    rows = [line for line in index if line.startswith("| [") and "](methods/" in line and line.count("|") == 4]
+    expected = []
+    for name, summary in entries("methods").items():
+        title = (ROOT / f"docs/methods/{name}.md").read_text().splitlines()[0].removeprefix("# ")
+        expected.append(f"| [{title}](methods/{name}.md) | `{name}` | {summary} |")
+        assert len(summary) < 100
+    assert rows == expected
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
@@ -83,7 +95,7 @@ def test_bfloat16_autocast_runs(name: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rough = parts.method.loss(batch, Step(0, 10, 5))["loss"]
     rough.backward()
-    assert rough.item() == pytest.approx(exact.item(), rel=0.05)
+    assert rough.item() == pytest.approx(exact.item(), rel=0.05, abs=0.02)
 
 
 @every_method
@@ -106,7 +118,7 @@ def test_trainer_equals_a_bare_loop_bit_for_bit(name: str, tmp_path: Path) -> No
                 start=run.schedule.start, final=run.schedule.final,
             )  # fmt: skip
             for group, lr in zip(optimizer.param_groups, base, strict=True):
-                group["lr"] = lr * scale
+                group["lr"] = lr if group.get("constant_lr") else lr * scale
             optimizer.zero_grad()
             torch.manual_seed(step_seed(run.seed, step.step, 0))
             parts.method.loss(parts.maker(loaded), step)["loss"].backward()
@@ -153,4 +165,4 @@ def test_losses_of_twenty_steps_are_as_written_down(name: str) -> None:
     expected = [float(line) for line in golden.read_text().split()]
     assert len(expected) == 20
     losses = losses_of_twenty_steps(name)
-    assert all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(losses, expected, strict=True)), losses
+    assert all(math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6) for a, b in zip(losses, expected, strict=True)), losses

@@ -41,7 +41,7 @@ def test_gradient_on_ranks_is_that_of_one_process(name: str, world_size: int) ->
     for found, buffers in run_on_ranks(gradients, world_size, name, world_size):
         assert found.keys() == whole.keys()
         for key, gradient in whole.items():
-            scale = gradient.abs().max().clamp(min=1e-12)
+            scale = gradient.abs().max().clamp(min=1e-8)  # a bias before batch norm has a gradient of rounding alone
             assert (found[key] - gradient).abs().max() <= 1e-9 * max(1.0, scale.item()), key
             assert (found[key] - gradient).abs().max() <= 1e-7 * scale, f"{key}: relative"
         for key, value in whole_buffers.items():

@@ -68,8 +68,8 @@ VIEW_RECIPES: dict[str, dict[str, Any]] = {
             "flip": 0.5,
         },
     },
-    # BYOL (Grill et al., 2020), Table 6; Barlow Twins, VICReg and MoCo v3 use the same. The two views differ in blur
-    # and solarisation. (BYOL's code adds the brightness change; here it multiplies, as everywhere else.)
+    # BYOL (Grill et al., 2020), Table 6; Barlow Twins, MoCo v3 and VICReg's code use the same. The two views differ in
+    # blur and solarisation. (BYOL's code adds the brightness change; here it multiplies, as everywhere else.)
     "byol": {
         "first": {
             "crop": _BYOL_CROP, "flip": 0.5, "jitter": _BYOL_JITTER, "gray": 0.2,
