@@ -64,9 +64,8 @@ def test_every_recipe_makes_its_views(recipe, size, image):
         side = made.settings.side(name)
         expected[view.stream] = (counts[view.stream], 6, 3, side, side)
     assert {name: tuple(view.shape) for name, view in direct.items()} == expected
-    assert len(made.numbered) == {"mvmr": 1, "mvmr_cifar": 1, "mvmr_cifar20": 1, "multicrop": 8, "dino": 10}.get(
-        recipe, 2
-    )
+    numbers = {"mvmr": 1, "mvmr_cifar": 1, "mvmr_cifar20": 1, "multicrop": 8, "dino": 10}
+    assert len(made.numbered) == numbers.get(recipe, 2)
     for view in direct.values():
         assert view.dtype == torch.float32
         assert view.is_contiguous()
