@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from commands import same_losses, trained_on
+from commands import losses, trained_on
 from mvmr.methods import METHODS
-from mvmr.ops.layers import synchronise_batch_norm
+from mvmr.ops.batch_norm import synchronise_batch_norm
 from mvmr.types import Step
 from ranks import averaged_gradients, run_on_ranks
 from tiny import in_float64, parts_and_data, tiny
@@ -53,7 +53,8 @@ def test_accumulated_batches_on_two_processes_follow_one(name: str, tmp_path: Pa
     """Queues, centres and a layer frozen for an epoch, where several batches make a step."""
     run = tiny(name, engine__accumulate=2)
     lines = {devices: trained_on(devices, run, tmp_path) for devices in (1, 2)}
-    same_losses(lines[1], lines[2], steps=6)
+    assert len(losses(lines[1])) == 6
+    assert losses(lines[2]) == pytest.approx(losses(lines[1]), rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
@@ -64,4 +65,5 @@ def test_training_on_two_processes_follows_one(name: str, tmp_path: Path) -> Non
     for devices, written in lines.items():
         assert (tmp_path / f"on-{devices}" / "encoder.safetensors").exists()
         assert sum("rankme" in line for line in written) == 1, "one rank measures"
-    same_losses(lines[1], lines[2], steps=6)
+    assert len(losses(lines[1])) == 6
+    assert losses(lines[2]) == pytest.approx(losses(lines[1]), rel=1e-3, abs=1e-4)

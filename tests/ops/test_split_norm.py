@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mvmr.ops.layers import synchronise_batch_norm
+from mvmr.ops.batch_norm import synchronise_batch_norm
 from mvmr.ops.split_norm import SplitBatchNorm, shuffled, split_batch_norm, unshuffled
 from mvmr.types import UserError
 from ranks import run_on_ranks
@@ -116,38 +116,6 @@ def test_shuffle_is_undone_and_the_same_on_all_ranks(ranks: int) -> None:
     assert torch.equal(torch.cat([undone for _, _, undone in results]), 10 * x + 1)
 
 
-class Shared(nn.Module):
-    """Uses one norm in two places, and one inside a container."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.BatchNorm1d(3)
-        self.again = self.first
-        self.body = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, momentum=None, eps=0.1))
-
-
-def test_replacing_keeps_tensors_names_and_mode() -> None:
-    module = Shared()
-    module.first.eval()
-    module.body[1].weight.requires_grad_(False)
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    assert split_batch_norm(module, 2) is module
-    for (name, tensor), (new_name, new_tensor) in zip(
-        tensors, [*module.named_parameters(), *module.named_buffers()], strict=True
-    ):
-        assert name == new_name
-        assert tensor is new_tensor
-    assert module.first is module.again
-    assert isinstance(module.first, SplitBatchNorm)
-    assert (module.first.training, module.body[1].training) == (False, True)
-    assert (module.body[1].groups, module.body[1].momentum, module.body[1].eps) == (2, None, 0.1)
-    module.body(torch.randn(6, 3))
-    there = Shared()
-    there.load_state_dict(module.state_dict())
-    assert torch.equal(there.body[1].running_mean, module.body[1].running_mean)
-    split_batch_norm(Shared(), 2).load_state_dict(there.state_dict())
-
-
 def test_synchronising_leaves_it_alone() -> None:
     module = nn.Sequential(nn.Linear(2, 3), split_batch_norm(nn.BatchNorm1d(3), 2), nn.BatchNorm1d(3))
     split = module[1]
@@ -185,6 +153,7 @@ def test_channels_last_and_bfloat16() -> None:
 def test_refuses() -> None:
     with pytest.raises(ValueError, match=r"2 groups cannot be shared by 1 rank.* of 5 images"):
         SplitBatchNorm(3, 2)(torch.zeros(5, 3))
+    assert split_batch_norm(nn.BatchNorm1d(4, momentum=None, eps=0.1), 2).groups == 2
     with pytest.raises(ValueError, match="groups is 0"):
         SplitBatchNorm(3, 0)
 

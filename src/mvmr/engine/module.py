@@ -15,8 +15,8 @@ from mvmr.engine.optim import build_optimizer, decayed_rates
 from mvmr.engine.passes import feature_pass
 from mvmr.errors import RunError
 from mvmr.methods import Method
+from mvmr.ops.batch_norm import synchronise_batch_norm
 from mvmr.ops.collectives import all_reduce_sum
-from mvmr.ops.layers import synchronise_batch_norm
 from mvmr.ops.random import step_seed
 from mvmr.ops.schedules import cosine, warmup_cosine, warmup_steps_down
 from mvmr.types import Batch, Step
@@ -93,10 +93,12 @@ class Adapter(LightningModule):
     ) -> None:
         # Here and not in `on_train_batch_end`, which fires for every part of an accumulated batch.
         step = self.now()
-        if self.run.optimizer.final_weight_decay is not None:
+        config = self.run.optimizer
+        if config.final_weight_decay is not None:
+            now = cosine(step.step, self.total_steps, config.weight_decay, config.final_weight_decay)
             for group in self.trainer.optimizers[0].param_groups:
                 if group["run_decay"]:
-                    group["weight_decay"] = self.weight_decay_at(step.step)
+                    group["weight_decay"] = now
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.method.after_step(step)
 
@@ -110,10 +112,6 @@ class Adapter(LightningModule):
         return warmup_cosine(
             step, total_steps=self.total_steps, warmup_steps=warmup, start=schedule.start, final=schedule.final
         )
-
-    def weight_decay_at(self, step: int) -> float:
-        first, last = self.run.optimizer.weight_decay, self.run.optimizer.final_weight_decay
-        return first if last is None else cosine(step, self.total_steps, first, last)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

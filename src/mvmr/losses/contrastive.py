@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mvmr.losses.distance_correlation import at_least_float32
+from mvmr.ops.precision import at_least_float32
 
 
 def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:

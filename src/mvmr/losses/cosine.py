@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mvmr.losses.distance_correlation import at_least_float32
+from mvmr.ops.precision import at_least_float32
 
 
 def negative_cosine(p: Tensor, z: Tensor) -> Tensor:

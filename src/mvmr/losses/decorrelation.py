@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mvmr.losses.distance_correlation import at_least_float32
+from mvmr.ops.precision import at_least_float32, matmul
 
 
 def cross_correlation(z1: Tensor, z2: Tensor, *, epsilon: float = 1e-5) -> tuple[Tensor, Tensor]:
@@ -60,9 +60,9 @@ def _diagonal_and_other_squares(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     diagonal = (x * y).sum(0)  # [D]
     rows, columns = x.shape
     if 2 * rows <= columns:
-        gram = torch.ops.mvmr.matmul(x, x.T)  # [B, B]
-        other = gram if y is x else torch.ops.mvmr.matmul(y, y.T)
+        gram = matmul(x, x.T)  # [B, B]
+        other = gram if y is x else matmul(y, y.T)
         return diagonal, (gram * other).sum() - diagonal.square().sum()
-    c = torch.ops.mvmr.matmul(x.T, y)  # [D, D]
+    c = matmul(x.T, y)  # [D, D]
     c.fill_diagonal_(0)  # in place, for it may be large; taking the diagonal's squares off the sum would lose digits
     return diagonal, c.square().sum()

@@ -7,14 +7,13 @@ O(n^2 F) and O(n^2 + n F): the distances come from the Gram matrix of the centre
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mvmr.ops.collectives import gather
+from mvmr.ops.precision import at_least_float32, matmul
 
 Estimator = Literal["v", "u"]
 
@@ -99,11 +98,6 @@ def safe_sqrt(x: Tensor) -> Tensor:
     return torch.where(zero, 0.0, torch.where(zero, 1.0, x).sqrt())  # the inner where keeps 0 * inf out of the gradient
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """The same values in float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _pair_of_centred_distances(
     x: Tensor, y: Tensor, estimator: Estimator, floor: float, across_ranks: bool
 ) -> tuple[Tensor, Tensor]:
@@ -131,7 +125,7 @@ def _distances(x: Tensor, floor: float) -> Tensor:
     # Centring changes no distance, and no gradient either: a shift common to all rows. Without it the Gram matrix of
     # data far from the origin would cancel.
     x = x - x.detach().mean(0)
-    gram = torch.ops.mvmr.matmul(x, x.T)  # [n, n]
+    gram = matmul(x, x.T)  # [n, n]
     norms = gram.diagonal()
     squares = norms[:, None] + norms[None, :] - 2 * gram
     if floor > 0:
@@ -154,55 +148,3 @@ def _u_centred(distances: Tensor) -> Tensor:
     total = sums.sum() / ((n - 1) * (n - 2))
     centred = distances - (sums[:, None] + sums[None, :]) / (n - 2) + total
     return centred.masked_fill(diagonal, 0.0)
-
-
-@contextmanager
-def _full_float32(device_type: str) -> Iterator[None]:
-    """Matrix products of float32 in float32, not TF32 or bfloat16, whatever the process has allowed; then as before."""
-    backends: Any = torch.backends  # its modules are made at run time, out of a type checker's sight
-    cuda, cpu = backends.cuda.matmul, backends.mkldnn.matmul
-    if (cuda if device_type == "cuda" else cpu).fp32_precision in ("ieee", "none"):
-        yield
-        return
-    before = cuda.fp32_precision, cpu.fp32_precision
-    try:
-        legacy = torch.get_float32_matmul_precision()
-    except RuntimeError:  # torch refuses to say after a change by fp32_precision alone
-        legacy = "highest"
-    torch.set_float32_matmul_precision("highest")  # sets both kinds of switch: CUDA checks that they agree
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(legacy)
-        cuda.fp32_precision, cpu.fp32_precision = before
-
-
-# An operator of its own, because the switch must also be off in the backward pass, and torch.compile can neither trace
-# the switch nor know of it: it takes the operator as it is.
-torch.library.define("mvmr::matmul", "(Tensor a, Tensor b) -> Tensor")
-
-
-@torch.library.impl("mvmr::matmul", "CompositeExplicitAutograd")
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    with torch.autocast(a.device.type, enabled=False), _full_float32(a.device.type):
-        return a @ b
-
-
-@torch.library.register_fake("mvmr::matmul")
-def _matmul_shape(a: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty(a.shape[0], b.shape[1])
-
-
-def _keep_factors(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _matmul_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    a, b = ctx.saved_tensors
-    return (
-        torch.ops.mvmr.matmul(gradient, b.T) if ctx.needs_input_grad[0] else None,
-        torch.ops.mvmr.matmul(a.T, gradient) if ctx.needs_input_grad[1] else None,
-    )
-
-
-torch.library.register_autograd("mvmr::matmul", _matmul_gradients, setup_context=_keep_factors)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mvmr.losses.distance_correlation import at_least_float32
+from mvmr.ops.precision import at_least_float32
 
 __all__ = ["info_nce", "queue_logits", "top1"]
 

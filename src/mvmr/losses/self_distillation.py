@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mvmr.losses.distance_correlation import at_least_float32
+from mvmr.ops.precision import at_least_float32
 
 
 def sharpened(scores: Tensor, centre: Tensor, *, temperature: float) -> Tensor:

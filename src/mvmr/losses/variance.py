@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mvmr.losses.distance_correlation import at_least_float32, safe_sqrt
+from mvmr.losses.distance_correlation import safe_sqrt
+from mvmr.ops.precision import at_least_float32
 
 
 def invariance(z1: Tensor, z2: Tensor, *, reduction: Literal["mean", "sum"] = "mean") -> Tensor:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, ClassVar, final
+from typing import Annotated, Any, ClassVar, final
 
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from mvmr.types import Batch, FeaturePass, Section, Step
+
+Width = Annotated[int, Field(ge=1)]
+"""The width of a layer, in settings."""
 
 
 class MethodConfig(Section):

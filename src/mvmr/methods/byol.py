@@ -4,20 +4,18 @@ learning", NeurIPS 2020. Equations, sections and tables are numbered as there.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from mvmr.losses.cosine import negative_cosine, normalised_distance, normalised_std
-from mvmr.methods.base import Method, MethodConfig
+from mvmr.methods.base import Method, MethodConfig, Width
 from mvmr.ops.ema import follow, follower
 from mvmr.ops.layers import mlp
 from mvmr.ops.schedules import cosine
 from mvmr.types import Batch, Step
-
-Width = Annotated[int, Field(ge=1)]
 
 
 class BYOLConfig(MethodConfig):

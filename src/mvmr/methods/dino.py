@@ -12,13 +12,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mvmr.losses.distance_correlation import at_least_float32
 from mvmr.losses.self_distillation import entropy, self_distillation, sharpened
 from mvmr.methods.base import Method, MethodConfig
 from mvmr.nets.prototypes import Prototypes
 from mvmr.ops.collectives import all_reduce_sum, world_size
 from mvmr.ops.ema import follow, follower
 from mvmr.ops.layers import mlp
+from mvmr.ops.precision import at_least_float32
 from mvmr.ops.schedules import cosine, linear
 from mvmr.types import Batch, Step
 

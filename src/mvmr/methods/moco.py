@@ -12,12 +12,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mvmr.losses.distance_correlation import at_least_float32
+from mvmr.losses.cosine import normalised_std
 from mvmr.losses.info_nce import info_nce, queue_logits, top1
 from mvmr.methods.base import Method, MethodConfig
 from mvmr.ops.collectives import gather, world_size
 from mvmr.ops.ema import follow, follower
 from mvmr.ops.layers import mlp
+from mvmr.ops.precision import at_least_float32
 from mvmr.ops.queue import Queue
 from mvmr.ops.schedules import cosine
 from mvmr.ops.split_norm import SplitBatchNorm, shuffled, split_batch_norm, unshuffled
@@ -52,7 +53,7 @@ class MoCoConfig(MethodConfig):
     def check_batch(self, size: int) -> None:
         groups = self.batch_norm_groups
         if groups > 1 and (size % groups or size < 2 * groups):
-            raise ValueError(
+            raise UserError(
                 f"method.batch_norm_groups={groups} does not cut a batch of {size} into equal groups of two images or "
                 "more: choose it so that it divides data.batch_size, or 1 for batch norm over the whole batch"
             )
@@ -110,7 +111,7 @@ class MoCo(Method):
             "loss": info_nce(logits),  # Eq. 1; a plain mean over images, so this rank's part of it will do
             "accuracy": top1(logits.detach()),
             "similarity": (q * k).detach().sum(1).mean(),
-            "z_std": q.detach().std(0, correction=0).mean(),
+            "z_std": normalised_std(q),
         }
 
     def after_step(self, step: Step) -> None:
@@ -132,12 +133,7 @@ class MoCo(Method):
                 f"method.batch_norm_groups={groups} cannot be shared by {ranks} devices: take a multiple of {ranks}, "
                 "or 1 for batch norm over the whole batch"
             )
-        total = images * ranks
-        if total % groups or total < 2 * groups:
-            raise UserError(
-                f"method.batch_norm_groups={groups} does not cut a batch of {total} into equal groups of two images or "
-                f"more: choose it so that it divides data.batch_size, or 1 for batch norm over the whole batch"
-            )
+        self.config.check_batch(images * ranks)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -10,14 +10,12 @@ from torch import Tensor, nn
 
 from mvmr.losses.contrastive import in_batch_info_nce
 from mvmr.losses.cosine import normalised_std
-from mvmr.methods.base import Method, MethodConfig
+from mvmr.methods.base import Method, MethodConfig, Width
 from mvmr.ops.collectives import gather, rank
 from mvmr.ops.ema import follow, follower
 from mvmr.ops.layers import mlp
 from mvmr.ops.schedules import cosine
 from mvmr.types import Batch, Step, UserError
-
-Width = Annotated[int, Field(ge=1)]
 
 
 class MoCoV3Config(MethodConfig):

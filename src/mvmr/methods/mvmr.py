@@ -7,12 +7,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mvmr.losses import invariance, variance_hinge
 from mvmr.losses.distance_correlation import centred_distances, correlation_of
-from mvmr.methods.base import Method, MethodConfig
+from mvmr.methods.base import Method, MethodConfig, Width
 from mvmr.ops.collectives import gather
 from mvmr.ops.layers import mlp
 from mvmr.types import Batch, Step
@@ -41,7 +41,7 @@ class MVMRConfig(MethodConfig):
     """The method's key."""
     preset: Literal["paper", "official"] = "paper"
     """A set of defaults: `paper`, or `official` for what the authors' released code computes."""
-    projector: tuple[int, ...] = (8192, 8192, 8192)
+    projector: tuple[Width, ...] = (8192, 8192, 8192)
     """Widths of the projector's layers (Table A3)."""
     invariance: float = Field(1.0, ge=0)
     """lambda of Eq. 9, the weight of the distance between the two embeddings."""
@@ -76,13 +76,6 @@ class MVMRConfig(MethodConfig):
         if isinstance(given, Mapping) and given.get("preset") in PRESETS:
             return {**PRESETS[given["preset"]], **given}
         return given
-
-    @field_validator("projector")
-    @classmethod
-    def _widths(cls, widths: tuple[int, ...]) -> tuple[int, ...]:
-        if any(width < 1 for width in widths):
-            raise ValueError("every layer needs a width of at least 1")
-        return widths
 
     def representation_defaults(self) -> dict[str, dict[str, Any]]:
         if self.preset == "official":

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 
 from mvmr.losses.contrastive import nt_xent
 from mvmr.losses.cosine import normalised_std
-from mvmr.methods.base import Method, MethodConfig
+from mvmr.methods.base import Method, MethodConfig, Width
 from mvmr.ops.collectives import gather
 from mvmr.ops.layers import mlp
 from mvmr.types import Batch, Step
-
-Width = Annotated[int, Field(ge=1)]
 
 
 class SimCLRConfig(MethodConfig):

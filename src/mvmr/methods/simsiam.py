@@ -4,17 +4,15 @@ are numbered as there.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from mvmr.losses.cosine import negative_cosine, normalised_std
-from mvmr.methods.base import Method, MethodConfig
+from mvmr.methods.base import Method, MethodConfig, Width
 from mvmr.ops.layers import mlp
 from mvmr.types import Batch, Step
-
-Width = Annotated[int, Field(ge=1)]
 
 
 class SimSiamConfig(MethodConfig):

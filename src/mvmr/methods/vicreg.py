@@ -4,7 +4,7 @@ ICLR 2022. Equations, sections and Algorithm 1 are numbered as there.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from mvmr.losses import invariance, variance_hinge
 from mvmr.losses.cosine import normalised_std
 from mvmr.losses.decorrelation import covariance_penalty
-from mvmr.methods.base import Method, MethodConfig
+from mvmr.methods.base import Method, MethodConfig, Width
 from mvmr.ops.collectives import gather
 from mvmr.ops.layers import mlp
 from mvmr.types import Batch, Step
-
-Width = Annotated[int, Field(ge=1)]
 
 
 class VICRegConfig(MethodConfig):

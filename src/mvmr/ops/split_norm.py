@@ -10,13 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from mvmr.ops.batch_norm import Replacement, replace_batch_norm, track
 from mvmr.ops.collectives import all_reduce_sum, from_first_rank, gather, rank, world_size
-from mvmr.types import UserError
 
 
-class SplitBatchNorm(_NormBase):
+class SplitBatchNorm(Replacement):
     """BatchNorm of each group of the global batch by its own statistics: [B, C] or [B, C, ...], same out.
 
     groups: of the global batch, so groups / W on each of W ranks. Takes the further arguments and has the state_dict of
@@ -38,9 +37,6 @@ class SplitBatchNorm(_NormBase):
         if groups < 1:
             raise ValueError(f"groups is {groups}; it must be 1 or more")
         self.groups = groups
-        # timm's BatchNormAct2d holds a dropout and an activation, which must not be lost when it is replaced.
-        self.drop: nn.Module = nn.Identity()
-        self.act: nn.Module = nn.Identity()
 
     def forward(self, input: Tensor) -> Tensor:
         if self.training:
@@ -68,19 +64,9 @@ class SplitBatchNorm(_NormBase):
         for part, (mean, variance) in zip(input.chunk(groups), statistics, strict=True):
             # A momentum of 1 leaves the group's own mean and unbiased variance in the two rows.
             outputs.append(functional.batch_norm(part, mean, variance, self.weight, self.bias, True, 1.0, self.eps))
-        self._track(torch.stack(statistics))
+        if tracked is not None:
+            track(self, *all_reduce_sum(torch.stack(statistics).sum(0)) / self.groups)  # of all groups of all ranks
         return torch.cat(outputs) if groups > 1 else outputs[0]
-
-    @torch.no_grad()
-    def _track(self, statistics: Tensor) -> None:
-        """Running statistics towards the mean over all groups of all ranks; statistics: [groups here, 2, C]."""
-        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
-            return
-        mean, variance = (all_reduce_sum(statistics.sum(0)) / self.groups).to(self.running_mean.dtype)
-        self.num_batches_tracked.add_(1)
-        weight = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, weight)
-        self.running_var.lerp_(variance, weight)
 
 
 def split_batch_norm(module: nn.Module, groups: int) -> nn.Module:
@@ -89,14 +75,12 @@ def split_batch_norm(module: nn.Module, groups: int) -> nn.Module:
     Parameters and buffers stay the same objects with the same names; timm's BatchNormAct2d keeps its dropout and
     activation. Raises UserError for a BatchNorm class that it does not know.
     """
-    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
-    _check_known(norms)
-    replacements: dict[nn.Module, nn.Module] = {norm: _split_norm(norm, groups) for norm in norms}
-    for parent in list(module.modules()):
-        for name, child in list(parent._modules.items()):
-            if child in replacements:
-                setattr(parent, name, replacements[child])
-    return replacements.get(module, module)
+    return replace_batch_norm(
+        module,
+        lambda features, *settings: SplitBatchNorm(features, groups, *settings),
+        refusal="cannot cut the BatchNorm class {} into groups: set method.batch_norm_groups=1, or choose an encoder "
+        "with nn.BatchNorm layers",
+    )
 
 
 @torch.no_grad()
@@ -118,28 +102,3 @@ def unshuffled(x: Tensor, order: Tensor) -> Tensor:
 
 def _own(order: Tensor) -> Tensor:
     return order.chunk(world_size())[rank()]
-
-
-def _check_known(norms: list[_BatchNorm]) -> None:
-    others = [norm for norm in norms if type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)]
-    if not others:
-        return
-    from timm.layers import BatchNormAct2d
-
-    unknown = sorted({type(norm).__name__ for norm in others if type(norm) is not BatchNormAct2d})
-    if unknown:
-        raise UserError(
-            f"cannot cut the BatchNorm class {', '.join(unknown)} into groups: set method.batch_norm_groups=1, "
-            "or choose an encoder with nn.BatchNorm layers"
-        )
-
-
-def _split_norm(norm: _BatchNorm, groups: int) -> SplitBatchNorm:
-    """A SplitBatchNorm that holds the very parameters and buffers of `norm`."""
-    new = SplitBatchNorm(norm.num_features, groups, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-    new.weight, new.bias = norm.weight, norm.bias
-    new.running_mean, new.running_var = norm.running_mean, norm.running_var
-    new.num_batches_tracked = norm.num_batches_tracked
-    children = dict(norm.named_children())
-    new.drop, new.act = children.get("drop", new.drop), children.get("act", new.act)
-    return new.train(norm.training)
