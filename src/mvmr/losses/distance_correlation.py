@@ -7,14 +7,13 @@ O(n^2 F) and O(n^2 + n F): the distances come from the Gram matrix of the centre
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mvmr.ops.collectives import gather
+from mvmr.ops.modes import full_float32
 
 Estimator = Literal["v", "u"]
 
@@ -156,27 +155,6 @@ def _u_centred(distances: Tensor) -> Tensor:
     return centred.masked_fill(diagonal, 0.0)
 
 
-@contextmanager
-def _full_float32(device_type: str) -> Iterator[None]:
-    """Matrix products of float32 in float32, not TF32 or bfloat16, whatever the process has allowed; then as before."""
-    backends: Any = torch.backends  # its modules are made at run time, out of a type checker's sight
-    cuda, cpu = backends.cuda.matmul, backends.mkldnn.matmul
-    if (cuda if device_type == "cuda" else cpu).fp32_precision in ("ieee", "none"):
-        yield
-        return
-    before = cuda.fp32_precision, cpu.fp32_precision
-    try:
-        legacy = torch.get_float32_matmul_precision()
-    except RuntimeError:  # torch refuses to say after a change by fp32_precision alone
-        legacy = "highest"
-    torch.set_float32_matmul_precision("highest")  # sets both kinds of switch: CUDA checks that they agree
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(legacy)
-        cuda.fp32_precision, cpu.fp32_precision = before
-
-
 # An operator of its own, because the switch must also be off in the backward pass, and torch.compile can neither trace
 # the switch nor know of it: it takes the operator as it is.
 torch.library.define("mvmr::matmul", "(Tensor a, Tensor b) -> Tensor")
@@ -184,7 +162,7 @@ torch.library.define("mvmr::matmul", "(Tensor a, Tensor b) -> Tensor")
 
 @torch.library.impl("mvmr::matmul", "CompositeExplicitAutograd")
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    with torch.autocast(a.device.type, enabled=False), _full_float32(a.device.type):
+    with torch.autocast(a.device.type, enabled=False), full_float32(a.device.type):
         return a @ b
 
 
