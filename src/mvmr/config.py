@@ -94,8 +94,9 @@ class Run(Section):
         return self
 
     @model_validator(mode="after")
-    def _views_that_the_method_takes(self) -> Run:
+    def _fits_the_method(self) -> Run:
         self.method.check_views(self.views.counts())
+        self.method.check_batch(self.data.batch_size)
         return self
 
     def resolved(self) -> dict[str, Any]:

@@ -99,6 +99,12 @@ class EngineConfig(Section):
     tensorboard: bool | Literal["auto"] = "auto"
     """TensorBoard files in the run folder; auto: where the `report` extra is installed."""
 
+    @model_validator(mode="after")
+    def _clip_at_something(self) -> EngineConfig:
+        if self.clip_each and self.clip_norm is None:
+            raise ValueError("clip_each is true, but there is no norm to clip at: set engine.clip_norm (DINO: 3)")
+        return self
+
 
 class OnlineConfig(Section):
     """What is watched while a run trains; never chosen by."""

@@ -48,6 +48,14 @@ def test_gradient_on_ranks_is_that_of_one_process(name: str, world_size: int) ->
             torch.testing.assert_close(buffers[key], value, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["dino", "moco"])
+def test_accumulated_batches_on_two_processes_follow_one(name: str, tmp_path: Path) -> None:
+    """Queues, centres and a layer frozen for an epoch, where several batches make a step."""
+    run = tiny(name, engine__accumulate=2)
+    lines = {devices: trained_on(devices, run, tmp_path) for devices in (1, 2)}
+    same_losses(lines[1], lines[2], steps=6)
+
+
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_training_on_two_processes_follows_one(name: str, tmp_path: Path) -> None:
     """The command itself, with Lightning's DDP: same folder, same losses to rounding, one writer."""

@@ -86,6 +86,17 @@ def test_a_method_says_which_views_it_takes() -> None:
         tiny(views={"recipe": "mvmr", "size": 16, "crops": {"augmented": {"stream": "other"}}})
 
 
+def test_a_method_says_which_batches_it_takes() -> None:
+    with pytest.raises(UserError, match=r"batch_norm_groups=8 does not cut a batch of 20.*divides data\.batch_size"):
+        tiny("moco", method={"name": "moco", "batch_norm_groups": 8}, data__batch_size=20)
+    assert tiny("moco", method={"name": "moco", "batch_norm_groups": 1}, data__batch_size=20).data.batch_size == 20
+
+
+def test_clipping_each_tensor_needs_a_norm() -> None:
+    with pytest.raises(UserError, match=r"engine: clip_each is true.*set engine\.clip_norm"):
+        tiny(engine__clip_each=True)
+
+
 def test_every_side_and_stream_of_views() -> None:
     views = load("mvmr_cifar10_cpu", ["views.recipe=dino", "views.crops={local: {size: 16}}"]).views
     assert views.counts() == {"global": 2, "local": 8}

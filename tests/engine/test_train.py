@@ -137,6 +137,12 @@ def test_resume_takes_a_run_from_before_a_setting_existed(tmp_path: Path) -> Non
     assert train(tiny(schedule__epochs=1), out, resume=True, quiet=True) == out
 
 
+def test_an_automatic_rate_for_another_optimiser_is_said(tmp_path: Path) -> None:
+    run = tiny("byol", optimizer={"name": "adam", "lr": "auto"}, schedule__epochs=1)
+    with pytest.warns(UserWarning, match=r"optimizer\.lr is auto: 0\.0125, which byol has for lars.*=adam"):
+        train(run, tmp_path / "run", quiet=True)
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     out = train(tiny(), tmp_path / "run", quiet=True)
     encoder, metrics = (out / "encoder.safetensors").read_bytes(), (out / "metrics.jsonl").read_text()

@@ -131,3 +131,14 @@ def test_another_architecture_is_refused(other: nn.Module) -> None:
     with pytest.raises(ValueError, match="different parameters"):
         follow(average, other, 0.5)
     assert all(torch.equal(a, b) for a, b in zip(before, values(average), strict=True))
+
+
+def test_a_follower_drops_no_branch() -> None:
+    from timm.layers import DropPath
+
+    net = nn.Sequential(nn.Linear(3, 3), DropPath(0.9)).train()
+    x = torch.ones(64, 3)
+    average = follower(net)
+    assert average.training
+    torch.testing.assert_close(average(x), net[0](x))
+    assert net[1].drop_prob == 0.9

@@ -78,3 +78,9 @@ def test_refuses() -> None:
         Queue(4, 2).push(torch.zeros(3, 4))
     with pytest.raises(ValueError, match="at least 1, not 0 and 2"):
         Queue(0, 2)
+
+
+def test_keys_that_are_not_finite_become_zeros() -> None:
+    queue = Queue(4, 2)
+    queue.push(torch.tensor([[torch.nan, 1.0], [torch.inf, 2.0]]))
+    assert queue.keys[:2].tolist() == [[0.0, 1.0], [0.0, 2.0]]

@@ -101,7 +101,8 @@ VIEW_RECIPES: dict[str, dict[str, Any]] = {
         },
     },
     # solo-learn's views of CIFAR: strong and equal (its SimCLR), weak and equal (its SimSiam, MoCo v2+), and a pair
-    # without blur of which one view is solarised (its BYOL, Barlow Twins, DINO, MoCo v3).
+    # without blur of which one view is solarised (its BYOL, Barlow Twins, DINO, MoCo v3). Its blur is PIL's, as wide as
+    # its radius needs; here it is 3 pixels wide at 32, as SimCLR has it.
     "cifar_strong": {
         "augmented": {"count": 2, "crop": _BYOL_CROP, "flip": 0.5, "jitter": _STRONG, "gray": 0.2, "blur": _BLUR_HALF},
     },

@@ -16,6 +16,7 @@ from mvmr.engine.optim import build_optimizer, decayed_rates
 from mvmr.engine.passes import DataPass
 from mvmr.errors import RunError
 from mvmr.methods import Method
+from mvmr.ops.collectives import all_reduce_sum
 from mvmr.ops.layers import synchronise_batch_norm
 from mvmr.ops.random import step_seed
 from mvmr.ops.schedules import cosine, warmup_cosine, warmup_steps_down
@@ -72,9 +73,11 @@ class Adapter(LightningModule):
         return terms["loss"]
 
     def check_finite(self) -> None:
-        """Raise RunError when a term of the last batch is not finite."""
+        """Raise RunError, on all ranks at once, when a term of the last batch is not finite on any of them."""
         wrong = [f"{name} is {value.item()}" for name, value in self.terms.items() if not torch.isfinite(value).all()]
-        if wrong:
+        # A loss may be of this rank's part alone; a rank that stopped by itself would leave the others waiting.
+        if all_reduce_sum(torch.tensor(float(len(wrong)), device=self.device)):
+            wrong = wrong or ["a term is not finite on another device"]
             raise RunError(
                 f"step {self.global_step}: {', '.join(wrong)}; training stops. The last checkpoint is intact. "
                 "Lower optimizer.lr, set engine.clip_norm=1, or use engine.precision=32, then train again"
@@ -92,10 +95,10 @@ class Adapter(LightningModule):
     ) -> None:
         # Here and not in `on_train_batch_end`, which fires for every part of an accumulated batch.
         step = self.now()
-        decay = self.weight_decay_at(step.step)
-        for group in self.trainer.optimizers[0].param_groups:
-            if group["run_decay"]:
-                group["weight_decay"] = decay
+        if self.run.optimizer.final_weight_decay is not None:
+            for group in self.trainer.optimizers[0].param_groups:
+                if group["run_decay"]:
+                    group["weight_decay"] = self.weight_decay_at(step.step)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.method.after_step(step)
 

@@ -259,6 +259,13 @@ def _write_start(out: Path, run: Run, source: ImageSource) -> None:
 def _warn_of_settings_without_effect(run: Run) -> None:
     for remark in run.method.remarks(run.views.counts(), run.representations):
         warnings.warn(remark, stacklevel=2)
+    base = METHODS[run.method.name].base_optimizer
+    if run.optimizer.lr == "auto" and run.optimizer.name.removesuffix("w") != base.removesuffix("w"):
+        warnings.warn(
+            f"optimizer.lr is auto: {run.peak_lr:g}, which {run.method.name} has for {base}; it is not made for "
+            f"optimizer.name={run.optimizer.name}: set optimizer.lr",
+            stacklevel=2,
+        )
     if run.engine.accumulate > 1:
         warnings.warn(
             "engine.accumulate enlarges neither the batch that the loss sees nor that of batch norm", stacklevel=2

@@ -32,7 +32,7 @@ class BarlowTwinsConfig(MethodConfig):
     """Added to the variances of Eq. 2: that of batch norm, by which the released code standardises."""
     scale: float = Field(1.0, gt=0)
     """Multiplies the loss; solo-learn's CIFAR settings have 0.1. LARS cancels it, but for biases and norms."""
-    bias_lr_scale: float = Field(0.024, gt=0)
+    bias_lr_scale: float = Field(0.00075, gt=0)
     """Rate of biases and norms as a share of the weights', 0.0048 / 0.2 (Section 2.2); 1 suits adam and sgd. The
     released code's gradient is divided by the number of GPUs, which makes it 0.00075 on the paper's 32."""
 
@@ -45,6 +45,7 @@ class BarlowTwins(Method):
         "the cross-correlation of two views' embeddings becomes the identity (Zbontar et al., 2021)"
     )
     base_lr: ClassVar[float] = 0.2  # Section 2.2: LARS, 0.2 x batch / 256 for the weights
+    base_optimizer: ClassVar[str] = "lars"
 
     def __init__(self, encoder: nn.Module, dim: int, config: BarlowTwinsConfig):
         super().__init__(encoder, dim, config)

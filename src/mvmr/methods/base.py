@@ -38,6 +38,9 @@ class MethodConfig(Section):
                     f"{counts.get(stream, 0)}: choose another views.recipe, or set the count of one of views.crops"
                 )
 
+    def check_batch(self, size: int) -> None:
+        """Raise ValueError where these settings do not fit a batch, of all devices, of so many images."""
+
     def check_representations(self, names: Collection[str]) -> None:
         """Raise ValueError where these settings do not fit the run's representations."""
 
@@ -112,6 +115,8 @@ class Method(nn.Module, ABC):
     """One line for lists: the idea and its source."""
     base_lr: ClassVar[float]
     """The paper's learning rate for a batch of 256: `optimizer.lr: auto` scales it linearly with the batch."""
+    base_optimizer: ClassVar[str]
+    """The optimiser that rate is for."""
     loss_is_progress: ClassVar[bool] = True
     """False where the loss may rise while learning goes well (MoCo's, DINO's): a rate cannot be found by it."""
 
@@ -134,7 +139,10 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, batch: Batch) -> dict[str, Tensor]:
-        """The networks' work, image by image: may be run in chunks, so nothing is gathered here."""
+        """The networks' work, image by image: may be run in chunks, so nothing is gathered here.
+
+        The exception is MoCo, whose shuffle of the batch over devices belongs to its networks' work: not for chunks.
+        """
 
     @abstractmethod
     def objective(self, embeddings: dict[str, Tensor], batch: Batch, step: Step) -> dict[str, Tensor]:

@@ -41,6 +41,7 @@ class BYOL(Method):
     Config: ClassVar[type[MethodConfig]] = BYOLConfig
     summary: ClassVar[str] = "a slowly moving target's projection predicted, without negatives (Grill et al., 2020)"
     base_lr: ClassVar[float] = 0.2  # Section 3.3: LARS, 0.2 x batch / 256, for 1000 epochs
+    base_optimizer: ClassVar[str] = "lars"
     loss_is_progress: ClassVar[bool] = False  # what is predicted moves too, and grows harder as it spreads
 
     def __init__(self, encoder: nn.Module, dim: int, config: BYOLConfig):

@@ -64,6 +64,7 @@ class DINO(Method):
     Config: ClassVar[type[MethodConfig]] = DINOConfig
     summary: ClassVar[str] = "a moving-average teacher's sharpened output told from any crop (Caron et al., 2021)"
     base_lr: ClassVar[float] = 5e-4  # Section 3.2: AdamW
+    base_optimizer: ClassVar[str] = "adamw"
     loss_is_progress: ClassVar[bool] = False  # it starts near its entropy, and the teacher it follows changes
 
     centre: Tensor
@@ -72,7 +73,7 @@ class DINO(Method):
         super().__init__(encoder, dim, config)
         self.config = config
         self.encoder, self.head = encoder, Head(dim, config)
-        self.teacher_encoder, self.teacher_head = without_drop_path(follower(encoder)), follower(self.head)
+        self.teacher_encoder, self.teacher_head = follower(encoder), follower(self.head)
         self.register_buffer("centre", torch.zeros(config.prototypes))
         self._pending: list[Tensor] = []
 
@@ -112,7 +113,10 @@ class DINO(Method):
 
     def after_step(self, step: Step) -> None:
         if self._pending:
-            self.centre.lerp_(torch.stack(self._pending).mean(0), 1 - self.config.centre_momentum)  # Eq. 4
+            mean = torch.stack(self._pending).mean(0)
+            # Under half precision a step may overflow and be skipped; its scores must not stay in the centre.
+            mean = torch.where(mean.isfinite(), mean, self.centre)
+            self.centre.lerp_(mean, 1 - self.config.centre_momentum)  # Eq. 4
             self._pending.clear()
         momentum = cosine(step.step, step.total_steps, self.config.momentum, self.config.final_momentum)
         follow(self.teacher_encoder, self.encoder, momentum)
@@ -144,11 +148,3 @@ def _scores(encoder: nn.Module, head: nn.Module, streams: list[Tensor]) -> Tenso
     # As in the released code: batch norm sees all views of one size together.
     features = torch.cat([encoder(views.flatten(0, 1)) for views in streams])  # [V B, D]
     return head(features).unflatten(0, (-1, images)).transpose(0, 1)
-
-
-def without_drop_path(net: nn.Module) -> nn.Module:
-    """`net` with every branch always kept, in train mode too: stochastic depth is the student's alone."""
-    for module in net.modules():
-        if type(module).__name__ == "DropPath":  # by name: timm, whose class this is, is slow to import
-            module.drop_prob = 0.0  # type: ignore[assignment]
-    return net

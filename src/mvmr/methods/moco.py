@@ -49,6 +49,14 @@ class MoCoConfig(MethodConfig):
     """Groups of the global batch with batch statistics of their own: the paper's eight GPUs (Section 3.3). It divides
     the batch and is a multiple of the devices; 1: statistics of the whole batch, and no shuffle of the keys."""
 
+    def check_batch(self, size: int) -> None:
+        groups = self.batch_norm_groups
+        if groups > 1 and (size % groups or size < 2 * groups):
+            raise ValueError(
+                f"method.batch_norm_groups={groups} does not cut a batch of {size} into equal groups of two images or "
+                "more: choose it so that it divides data.batch_size, or 1 for batch norm over the whole batch"
+            )
+
 
 class MoCo(Method):
     """A query network learns to tell its view's key, of a slowly moving network, from a queue of other images' keys."""
@@ -56,6 +64,7 @@ class MoCo(Method):
     Config: ClassVar[type[MethodConfig]] = MoCoConfig
     summary: ClassVar[str] = "a view told from a queue of a slow network's keys (He et al., 2020; Chen et al., 2020)"
     base_lr: ClassVar[float] = 0.03  # Section 4: SGD, batch 256
+    base_optimizer: ClassVar[str] = "sgd"
     loss_is_progress: ClassVar[bool] = False  # keys grow alike and apart with the network: at first the loss may rise
 
     def __init__(self, encoder: nn.Module, dim: int, config: MoCoConfig):

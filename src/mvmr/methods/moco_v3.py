@@ -29,6 +29,8 @@ class MoCoV3Config(MethodConfig):
     """Widths of the projection head's layers: three for a ViT (Section 5), (4096, 256) for ResNet-50."""
     predictor: tuple[Width, ...] = Field((4096, 256), min_length=1)
     """Widths of the prediction head's layers; it ends where the projector does (Section 5)."""
+    predictor_norm: bool = True
+    """Batch norm on the prediction head's output; the released code has it for a ViT and not for ResNet-50."""
     temperature: float = Field(0.2, gt=0)
     """tau of Eq. 1: 0.2 for a ViT (Section 5); the released code's setting for ResNet-50 is 1."""
     momentum: float = Field(0.99, ge=0, le=1)
@@ -57,6 +59,7 @@ class MoCoV3(Method):
     Config: ClassVar[type[MethodConfig]] = MoCoV3Config
     summary: ClassVar[str] = "queries find their image's key in the batch, made by a moving average (Chen et al., 2021)"
     base_lr: ClassVar[float] = 1.5e-4  # the released code's settings: AdamW, 1.5e-4 x batch / 256
+    base_optimizer: ClassVar[str] = "adamw"
     loss_is_progress: ClassVar[bool] = False  # the keys move too
 
     def __init__(self, encoder: nn.Module, dim: int, config: MoCoV3Config):
@@ -66,7 +69,9 @@ class MoCoV3(Method):
         fix_positions(encoder, config.fixed_positions)
         self.encoder = encoder
         self.projector = mlp([dim, *config.projector], last_norm="plain")
-        self.predictor = mlp([config.projector[-1], *config.predictor], last_norm="plain")
+        self.predictor = mlp(
+            [config.projector[-1], *config.predictor], last_norm="plain" if config.predictor_norm else "none"
+        )
         self.key_encoder, self.key_projector = follower(self.encoder), follower(self.projector)
 
     def exported(self) -> nn.Module:

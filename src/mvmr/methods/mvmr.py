@@ -105,6 +105,7 @@ class MVMR(Method):
     Config: ClassVar[type[MethodConfig]] = MVMRConfig
     summary: ClassVar[str] = "views and fixed representations tied by distance correlation (Kinakh et al., 2024)"
     base_lr: ClassVar[float] = 1e-4  # Section 7: Adam, batch 256
+    base_optimizer: ClassVar[str] = "adam"
 
     def __init__(self, encoder: nn.Module, dim: int, config: MVMRConfig):
         super().__init__(encoder, dim, config)

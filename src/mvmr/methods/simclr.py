@@ -43,6 +43,7 @@ class SimCLR(Method):
     Config: ClassVar[type[MethodConfig]] = SimCLRConfig
     summary: ClassVar[str] = "two views agree against all others of the batch (Chen et al., 2020)"
     base_lr: ClassVar[float] = 0.3  # Section 2.3: LARS, 4.8 = 0.3 x batch / 256
+    base_optimizer: ClassVar[str] = "lars"
 
     def __init__(self, encoder: nn.Module, dim: int, config: SimCLRConfig):
         super().__init__(encoder, dim, config)

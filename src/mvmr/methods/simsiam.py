@@ -36,6 +36,8 @@ class SimSiam(Method):
     Config: ClassVar[type[MethodConfig]] = SimSiamConfig
     summary: ClassVar[str] = "one network predicts its own projection, with a stop-gradient (Chen and He, 2021)"
     base_lr: ClassVar[float] = 0.05  # Section 3: SGD, 0.05 x batch / 256
+    base_optimizer: ClassVar[str] = "sgd"
+    loss_is_progress: ClassVar[bool] = False  # it is least where all embeddings are one
 
     def __init__(self, encoder: nn.Module, dim: int, config: SimSiamConfig):
         super().__init__(encoder, dim, config)

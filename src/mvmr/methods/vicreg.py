@@ -49,6 +49,7 @@ class VICReg(Method):
     Config: ClassVar[type[MethodConfig]] = VICRegConfig
     summary: ClassVar[str] = "views meet while dimensions keep their spread and decorrelate (Bardes et al., 2022)"
     base_lr: ClassVar[float] = 0.2  # Section 4.2: LARS, 0.2 x batch / 256
+    base_optimizer: ClassVar[str] = "lars"
 
     def __init__(self, encoder: nn.Module, dim: int, config: VICRegConfig):
         super().__init__(encoder, dim, config)

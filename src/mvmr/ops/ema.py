@@ -12,8 +12,15 @@ Net = TypeVar("Net", bound=nn.Module)
 
 
 def follower(net: Net) -> Net:
-    """A copy of `net`, buffers included, whose parameters need no gradient: how a moving average starts."""
-    return copy.deepcopy(net).requires_grad_(False)
+    """A copy of `net`, buffers included, whose parameters need no gradient: how a moving average starts.
+
+    Its residual branches are always kept: stochastic depth (timm's DropPath) is the trained network's alone.
+    """
+    average = copy.deepcopy(net).requires_grad_(False)
+    for module in average.modules():
+        if type(module).__name__ == "DropPath":  # by name: timm, whose class this is, is slow to import
+            module.drop_prob = 0.0  # type: ignore[assignment]
+    return average
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ class Queue(nn.Module):
         if keys.dim() != 2 or keys.shape[1] != self.keys.shape[1]:
             raise ValueError(f"this queue takes keys [n, {self.keys.shape[1]}], not {list(keys.shape)}")
         size, pushed = len(self.keys), len(keys)
-        kept = keys[-size:]
+        kept = keys[-size:].nan_to_num(0.0, 0.0, 0.0)  # of a step that overflowed: a zero key repels nobody
         first = self.pointer + (pushed - len(kept))
         slots = (first + torch.arange(len(kept), device=self.keys.device)) % size
         self.keys.index_copy_(0, slots, kept.to(self.keys.dtype))
