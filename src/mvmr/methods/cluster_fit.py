@@ -42,6 +42,7 @@ class ClusterFit(Method):
     Config: ClassVar[type[DistillationConfig]] = ClusterFitConfig
     summary: ClassVar[str] = "clusters of a frozen teacher's embeddings as classes (Noroozi, 2018; Yan et al., 2020)"
     base_lr: ClassVar[float] = 0.1  # released code: SGD, batch 256
+    base_optimizer: ClassVar[str] = "sgd"
 
     labels: Tensor
 

@@ -42,6 +42,7 @@ class CompRess(Method):
     Config: ClassVar[type[DistillationConfig]] = CompRessConfig
     summary: ClassVar[str] = "a frozen teacher's neighbourhoods kept in a smaller network (Koohpayegani et al., 2020)"
     base_lr: ClassVar[float] = 0.01  # Section 4: SGD, batch 256
+    base_optimizer: ClassVar[str] = "sgd"
     loss_is_progress: ClassVar[bool] = False  # the student's anchors move with it, and both start at random
 
     def __init__(self, encoder: nn.Module, dim: int, config: CompRessConfig):

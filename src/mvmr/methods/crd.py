@@ -43,6 +43,7 @@ class CRD(Method):
     Config: ClassVar[type[DistillationConfig]] = CRDConfig
     summary: ClassVar[str] = "a frozen teacher's embedding told from a memory of all images' (Tian et al., 2020)"
     base_lr: ClassVar[float] = 0.2  # released code: SGD, 0.05 for a batch of 64
+    base_optimizer: ClassVar[str] = "sgd"
 
     student_memory: Tensor
     teacher_memory: Tensor

@@ -57,6 +57,7 @@ class DeepCluster(Method):
     Config: ClassVar[type[MethodConfig]] = DeepClusterConfig
     summary: ClassVar[str] = "classes are k-means clusters of its own features, anew each epoch (Caron et al., 2018)"
     base_lr: ClassVar[float] = 0.05  # released code
+    base_optimizer: ClassVar[str] = "sgd"
     loss_is_progress: ClassVar[bool] = False  # the classes change, and the classifier with them
 
     labels: Tensor

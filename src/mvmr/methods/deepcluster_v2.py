@@ -57,6 +57,7 @@ class DeepClusterV2(Method):
     Config: ClassVar[type[MethodConfig]] = DeepClusterV2Config
     summary: ClassVar[str] = "every view tells the cluster of last epoch's embedding of its image (Caron et al., 2020)"
     base_lr: ClassVar[float] = 0.3  # the released commands' 4.8 at a batch of 4096, with LARS
+    base_optimizer: ClassVar[str] = "lars"
     loss_is_progress: ClassVar[bool] = False  # the clusters change every epoch
 
     bank: Tensor

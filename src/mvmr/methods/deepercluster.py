@@ -76,6 +76,7 @@ class DeeperCluster(Method):
     Config: ClassVar[type[MethodConfig]] = DeeperClusterConfig
     summary: ClassVar[str] = "rotation and super-cluster told first, then the sub-cluster in it (Caron et al., 2019)"
     base_lr: ClassVar[float] = 0.1 * 256 / 3072  # released command: 0.1 at a batch of 48 x 64 images
+    base_optimizer: ClassVar[str] = "sgd"
     loss_is_progress: ClassVar[bool] = False  # the classes change, and the classifiers with them
 
     supers: Tensor

@@ -146,6 +146,7 @@ class OSS(Method):
     Config: ClassVar[type[MethodConfig]] = OSSConfig
     summary: ClassVar[str] = "a small student predicts the codes of a teacher that learns beside it (Choi et al., 2021)"
     base_lr: ClassVar[float] = 0.6  # of SwAV: LARS at a batch of 256
+    base_optimizer: ClassVar[str] = "lars"
 
     def __init__(self, encoder: nn.Module, dim: int, config: OSSConfig):
         super().__init__(encoder, dim, config)

@@ -31,6 +31,7 @@ class Regression(Method):
     Config: ClassVar[type[DistillationConfig]] = RegressionConfig
     summary: ClassVar[str] = "a frozen teacher's embedding regressed by a linear head (Yu et al., 2019)"
     base_lr: ClassVar[float] = 0.01  # that of CompRess, whose tables have both
+    base_optimizer: ClassVar[str] = "sgd"
 
     def __init__(self, encoder: nn.Module, dim: int, config: RegressionConfig):
         super().__init__(encoder, dim, config)

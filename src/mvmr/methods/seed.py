@@ -42,6 +42,7 @@ class SEED(Method):
     Config: ClassVar[type[DistillationConfig]] = SEEDConfig
     summary: ClassVar[str] = "a frozen teacher's similarities to a queue of images, distilled (Fang et al., 2021)"
     base_lr: ClassVar[float] = 0.03  # Section 4.1: SGD
+    base_optimizer: ClassVar[str] = "sgd"
     loss_is_progress: ClassVar[bool] = False  # it rises while the queue's random start gives way to embeddings
 
     def __init__(self, encoder: nn.Module, dim: int, config: SEEDConfig):

@@ -62,6 +62,7 @@ class SelfLabel(Method):
     Config: ClassVar[type[MethodConfig]] = SelfLabelConfig
     summary: ClassVar[str] = "labels of equal shares, by optimal transport, learnt and renewed (Asano et al., 2020)"
     base_lr: ClassVar[float] = 0.08  # released code: SGD, batch 256; its README says 0.05
+    base_optimizer: ClassVar[str] = "sgd"
     loss_is_progress: ClassVar[bool] = False  # it jumps where labels change
 
     labels: Tensor
