@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from mvmr.config import Run, load, parse
 from mvmr.data.batches import BatchMaker
 from mvmr.data.module import TrainingData
+from mvmr.engine.passes import DataPass
 from mvmr.engine.train import Parts, build
 from mvmr.methods import MVMR
+from mvmr.types import Step
 
 COMMON: dict[str, Any] = {
     "name": "tiny",
@@ -65,6 +68,25 @@ METHODS: dict[str, dict[str, Any]] = {
         "method": {"name": "vicreg", "expander": [32, 32, 32]},
         "views": {"recipe": "byol", "size": 16},
     },
+    "swav": {
+        # A queue that is no multiple of the batch.
+        "method": {"name": "swav", "hidden": 32, "dim": 16, "prototypes": 24, "queue": 40, "queue_epoch": 0},
+        "views": {"recipe": "multicrop", "size": 16, "crops": {"local": {"count": 2, "size": 8}}},
+    },
+    "oss": {
+        "method": {
+            "name": "oss",
+            "teacher": {"name": "resnet18", "stem": "mvmr", "width": 0.25, "zero_init_residual": False},
+            "teacher_hidden": 32,
+            "student_hidden": 24,
+            "dim": 16,
+            "prototypes": 24,
+            "queue": 40,
+            "queue_epoch": 0,
+            "classifier_hidden": 16,
+        },
+        "views": {"recipe": "multicrop", "size": 16, "crops": {"local": {"count": 2, "size": 8}}},
+    },
     "dino": {
         "method": {
             "name": "dino",
@@ -75,6 +97,62 @@ METHODS: dict[str, dict[str, Any]] = {
             "temperature_epochs": 2,
         },
         "views": {"recipe": "dino", "size": 16, "crops": {"local": {"count": 2, "size": 8}}},
+    },
+    "deepcluster": {
+        "method": {"name": "deepcluster", "clusters": 6, "pca_dim": 16, "iterations": 5},
+        "views": {"recipe": "mvmr", "size": 16},
+    },
+    "deepcluster_v2": {
+        "method": {"name": "deepcluster_v2", "hidden": 32, "dim": 16, "prototypes": [6, 8], "iterations": 5},
+        "views": {"recipe": "multicrop", "size": 16, "crops": {"local": {"count": 2, "size": 8}}},
+    },
+    "deepercluster": {
+        "method": {
+            "name": "deepercluster",
+            "clusters": 6,
+            "super_clusters": 2,
+            "pca_dim": 16,
+            "iterations": 5,
+            "relabel_epochs": 1,
+        },
+        "views": {"recipe": "mvmr", "size": 16},
+    },
+    # In no more than the tiny run's steps a few labellings, of one head each.
+    "self_label": {
+        "method": {
+            "name": "self_label",
+            "heads": 2,
+            "clusters": 6,
+            "strength": 5.0,
+            "labellings": 5,
+            "relabel": "in_turn",
+        },
+        "views": {"recipe": "mvmr", "size": 16},
+    },
+    "seed": {
+        "method": {"name": "seed", "hidden": 32, "queue": 40},
+        "views": {"recipe": "mvmr", "size": 16},
+        "representations": {"teacher": {"kind": "hog", "bins": 8, "cell": 4}},
+    },
+    "compress": {
+        "method": {"name": "compress", "queue": 40, "momentum": 0.9},
+        "views": {"recipe": "mvmr", "size": 16},
+        "representations": {"teacher": {"kind": "hog", "bins": 8, "cell": 4}},
+    },
+    "crd": {
+        "method": {"name": "crd", "dim": 16, "negatives": 20},
+        "views": {"recipe": "mvmr", "size": 16},
+        "representations": {"teacher": {"kind": "hog", "bins": 8, "cell": 4}},
+    },
+    "cluster_fit": {
+        "method": {"name": "cluster_fit", "clusters": 8, "iterations": 5},
+        "views": {"recipe": "mvmr", "size": 16},
+        "representations": {"teacher": {"kind": "hog", "bins": 8, "cell": 4}},
+    },
+    "regression": {
+        "method": {"name": "regression", "batch_norm": True},
+        "views": {"recipe": "mvmr", "size": 16},
+        "representations": {"teacher": {"kind": "hog", "bins": 8, "cell": 4}},
     },
 }
 
@@ -94,6 +172,36 @@ def parts_and_data(run: Run) -> tuple[Parts, TrainingData]:
         parts.source, parts.maker, batch_size=run.data.batch_size, seed=run.seed, workers=run.data.workers
     )
     return parts, data
+
+
+class Relabelling:
+    """What the engine does before each step, once a step: `before_step`, and dropping the state of what it re-drew."""
+
+    def __init__(self, run: Run, parts: Parts, optimizer: torch.optim.Optimizer, *, rank: int = 0, world_size: int = 1):
+        self.method, self.optimizer, self.done = parts.method, optimizer, -1
+        over = DataPass(parts.source, run, parts.maker, torch.device("cpu"), rank, world_size)
+        self.pass_over = _InPrecision(over, next(parts.method.parameters()).dtype)
+
+    def __call__(self, step: Step) -> torch.Tensor | None:
+        if self.done != step.step:
+            self.done = step.step
+            for parameter in self.method.before_step(step, self.pass_over):
+                self.optimizer.state.pop(parameter, None)
+        return self.method.sampling_weights()
+
+
+class _InPrecision:
+    """A pass over the data set in the precision of the method's weights."""
+
+    def __init__(self, pass_over: DataPass, dtype: torch.dtype):
+        self.pass_over, self.dtype = pass_over, dtype
+
+    def __call__(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.pass_over(lambda images: fn(images.to(self.dtype)))
+
+    def representation(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        index, rows = self.pass_over.representation(name)
+        return index, rows.to(self.dtype)
 
 
 def in_float64(maker: BatchMaker) -> BatchMaker:
@@ -124,4 +232,14 @@ def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
-__all__ = ["COMMON", "METHODS", "in_float64", "load", "not_finite_at", "parts_and_data", "tiny", "weights"]
+__all__ = [
+    "COMMON",
+    "METHODS",
+    "Relabelling",
+    "in_float64",
+    "load",
+    "not_finite_at",
+    "parts_and_data",
+    "tiny",
+    "weights",
+]

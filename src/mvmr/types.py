@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -83,5 +83,15 @@ class Result:
     seconds: float
 
 
-FeaturePass = Callable[[Callable[[Tensor], Tensor]], tuple[Tensor, Tensor]]
-"""pass_over(fn) -> this rank's (index [n], features [n, D]) of fn over the whole un-augmented data set."""
+class FeaturePass(Protocol):
+    """A pass over the whole un-augmented data set, of which every rank gets its share. All ranks call it together."""
+
+    def __call__(self, fn: Callable[[Tensor], Tensor], /) -> tuple[Tensor, Tensor]:
+        """This rank's (index [n], features [n, D]) of fn, which is given normalised plain images [b, C, H, W].
+
+        Every rank calls fn equally often, and its k-th calls on all ranks together hold the same images on any number
+        of ranks: batch norm in train mode may be synchronised in them.
+        """
+
+    def representation(self, name: str, /) -> tuple[Tensor, Tensor]:
+        """This rank's (index [n], rows [n, F]) of one of the run's representations, looked up where it is cached."""

@@ -18,7 +18,7 @@ from mvmr.ops.random import step_seed
 from mvmr.ops.schedules import warmup_cosine
 from mvmr.types import Step
 from tiny import METHODS as TINY
-from tiny import in_float64, parts_and_data, tiny, weights
+from tiny import Relabelling, in_float64, parts_and_data, tiny, weights
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -104,10 +104,12 @@ def test_trainer_equals_a_bare_loop_bit_for_bit(name: str, tmp_path: Path) -> No
     run = tiny(name)
 
     parts, data = parts_and_data(run)
+    optimizer = build_optimizer(parts.method.parameter_groups(), run.optimizer, run.peak_lr)
+    relabel = Relabelling(run, parts, optimizer)
+    data.weights = lambda: relabel(step)
     loader = data.loader()
     steps = len(loader)
     step = Step(0, steps * run.schedule.epochs, steps)
-    optimizer = build_optimizer(parts.method.parameter_groups(), run.optimizer, run.peak_lr)
     base = [group["lr"] for group in optimizer.param_groups]
     parts.method.train()
     for epoch in range(run.schedule.epochs):
@@ -120,6 +122,7 @@ def test_trainer_equals_a_bare_loop_bit_for_bit(name: str, tmp_path: Path) -> No
             for group, lr in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = lr if group.get("constant_lr") else lr * scale
             optimizer.zero_grad()
+            relabel(step)
             torch.manual_seed(step_seed(run.seed, step.step, 0))
             parts.method.loss(parts.maker(loaded), step)["loss"].backward()
             parts.method.after_backward(step)
@@ -143,11 +146,14 @@ def losses_of_twenty_steps(name: str) -> list[float]:
     parts, data = parts_and_data(run)
     method, maker = parts.method.double().train(), in_float64(parts.maker)
     optimizer = build_optimizer(method.parameter_groups(), run.optimizer, run.peak_lr)
+    relabel = Relabelling(run, parts, optimizer)
+    data.weights = lambda: relabel(Step(len(losses), 20, len(loader)))
     loader, losses = data.loader(), []
     while len(losses) < 20:
         for loaded in loader:
             step = Step(len(losses), 20, len(loader))
             optimizer.zero_grad()
+            relabel(step)
             torch.manual_seed(step.step)
             loss = method.loss(maker(loaded), step)["loss"]
             loss.backward()

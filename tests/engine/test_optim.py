@@ -293,7 +293,8 @@ def test_scales_of_one_change_nothing() -> None:
 def test_layer_decay_reaches_the_encoder_and_not_the_projector() -> None:
     run = tiny(optimizer={"lr": 0.1, "layer_decay": 0.5})
     parts, _ = parts_and_data(run)
-    optimizer = Adapter(parts.method, run, steps_per_epoch=6, source=parts.source).configure_optimizers()["optimizer"]
+    adapter = Adapter(parts.method, run, steps_per_epoch=6, source=parts.source, maker=parts.maker)
+    optimizer = adapter.configure_optimizers()["optimizer"]
     rates = {id(p): group["initial_lr"] for group in optimizer.param_groups for p in group["params"]}
     encoder, projector = parts.method.encoder, parts.method.projector
     assert len(rates) == len(list(parts.method.parameters()))

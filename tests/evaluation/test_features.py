@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from mvmr.data.sources import ArraySource
-from mvmr.evaluation.features import accuracies, evaluating, extract, features_of, labelled_pair
+from mvmr.evaluation.features import accuracies, extract, features_of, labelled_pair
 from mvmr.nets.encoders import EncoderConfig
 from mvmr.nets.weights import Encoder, EncoderCard, random_encoder
+from mvmr.ops.modes import evaluating
 from mvmr.types import Features, RunError, UserError
 
 

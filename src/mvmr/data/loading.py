@@ -180,11 +180,12 @@ def _next_readable(source: ImageSource, position: int, bad: list[tuple[str, str]
 
 
 def plain_batches(
-    source: ImageSource, *, batch_size: int, size: int, workers: int = 0
+    source: ImageSource, *, batch_size: int | list[int], size: int, workers: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(index [b] int64, images [b, 3, size, size] uint8) over the whole source in order, without augmentation.
 
-    Images are brought to `size` as in the plain view. Raises RunError where a file that was readable no longer is.
+    batch_size: of all batches, or of each one. Images are brought to `size` as in the plain view. Raises RunError where
+    a file that was readable no longer is.
     """
     parts: list[Any] = [part for part in torch.arange(len(source)).split(batch_size) if len(part)]
     resident = isinstance(source, ArraySource) and not source.is_mapped

@@ -10,9 +10,10 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from mvmr.config import Run
+from mvmr.data.batches import BatchMaker
 from mvmr.data.sources import ImageSource
 from mvmr.engine.optim import build_optimizer, decayed_rates
-from mvmr.engine.passes import feature_pass
+from mvmr.engine.passes import DataPass
 from mvmr.errors import RunError
 from mvmr.methods import Method
 from mvmr.ops.batch_norm import synchronise_batch_norm
@@ -25,9 +26,9 @@ from mvmr.types import Batch, Step
 class Adapter(LightningModule):
     """Calls a method's hooks where the interface says; knows every method as one Method."""
 
-    def __init__(self, method: Method, run: Run, *, steps_per_epoch: int, source: ImageSource):
+    def __init__(self, method: Method, run: Run, *, steps_per_epoch: int, source: ImageSource, maker: BatchMaker):
         super().__init__()
-        self.method, self.run, self.source = method, run, source
+        self.method, self.run, self.source, self.maker = method, run, source, maker
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = steps_per_epoch * run.schedule.epochs
         self.terms: dict[str, Tensor] = {}
@@ -52,8 +53,9 @@ class Adapter(LightningModule):
         step = self.now()
         if self._prepared != step.step:
             self._prepared = step.step
-            pass_over = feature_pass(self.source, self.run, rank=self.global_rank, world_size=self.trainer.world_size)
-            redrawn = list(self.method.before_step(step, lambda fn: pass_over(fn, self.device)))
+            world_size = self.trainer.world_size
+            pass_over = DataPass(self.source, self.run, self.maker, self.device, self.global_rank, world_size)
+            redrawn = list(self.method.before_step(step, pass_over))
             if redrawn:
                 self._forget_state_of(redrawn)
         return self.method.sampling_weights()

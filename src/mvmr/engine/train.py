@@ -37,6 +37,7 @@ from mvmr.nets.encoders import build_encoder
 from mvmr.nets.weights import ENCODER_FILE, EncoderCard, save_encoder
 from mvmr.representations import build_representations
 from mvmr.representations.cache import CacheRequest, cache_representations
+from mvmr.representations.widths import widths_in_batches
 
 CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
 # What changes where a run is computed or how it is watched, not what it learns: a resumed run may change it.
@@ -88,6 +89,9 @@ def train(
             ) from None
     if trainer.is_global_zero:
         save_encoder(out / ENCODER_FILE, adapter.method.exported(), parts.card)
+        for name, other in adapter.method.also_exported().items():
+            card = parts.card.model_copy(update={"encoder": other.encoder, "dim": other.dim})
+            save_encoder(out / f"{name}.safetensors", other.net, card)
     return out
 
 
@@ -109,7 +113,9 @@ def build(run: Run, *, progress: Progress | None = None, teachers: Mapping[str, 
     with torch.random.fork_rng():
         torch.manual_seed(run.seed)
         encoder, dim = build_encoder(run.encoder, side=run.views.size, local_sides=run.views.sides())
-        method = METHODS[run.method.name](encoder, dim, run.method)
+        widths = partial(widths_in_batches, representations, run.cache, size=run.views.size)
+        method = METHODS[run.method.name](encoder, dim, run.method.fitted(widths))
+        method.prepare(len(source))
     card = EncoderCard(
         encoder=run.encoder, dim=dim, image_size=run.views.size, mean=mean, std=std,
         method=run.method.name, data=run.data.name, version=__version__,
@@ -123,7 +129,8 @@ def assemble(run: Run, parts: Parts, out: Path, *, quiet: bool) -> tuple[Trainer
         parts.source, parts.maker, batch_size=run.data.batch_size, seed=run.seed, workers=run.data.workers
     )
     batches = len(data.loader())
-    adapter = Adapter(parts.method, run, steps_per_epoch=-(-batches // run.engine.accumulate), source=parts.source)
+    steps_per_epoch = -(-batches // run.engine.accumulate)
+    adapter = Adapter(parts.method, run, steps_per_epoch=steps_per_epoch, source=parts.source, maker=parts.maker)
     data.weights = adapter.prepare
     metrics = Metrics(
         MetricsFile(out, tensorboard=run.engine.tensorboard),

@@ -91,7 +91,7 @@ def _fit(run: Run, parts: Parts, callback: _Trial, *, quiet: bool) -> None:
         parts.source, parts.maker, batch_size=run.data.batch_size, seed=run.seed, workers=run.data.workers
     )
     steps_per_epoch = -(-len(data.loader()) // run.engine.accumulate)
-    adapter = Adapter(parts.method, run, steps_per_epoch=steps_per_epoch, source=parts.source)
+    adapter = Adapter(parts.method, run, steps_per_epoch=steps_per_epoch, source=parts.source, maker=parts.maker)
     trainer = trainer_of(run, [callback])
     data.weights = adapter.prepare
     data.prepare = partial(keep_representations, run, parts, trainer, quiet=quiet)

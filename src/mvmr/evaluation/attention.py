@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mvmr.evaluation.features import evaluating
 from mvmr.nets.cards import Encoder
+from mvmr.ops.modes import evaluating
 from mvmr.types import UserError
 
 GAP = 4

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from mvmr.ops.modes import evaluating
 from mvmr.types import Features, RunError, UserError
 
 if TYPE_CHECKING:
@@ -36,18 +36,6 @@ def extract(
         raise UserError("there is no image to extract features of; look at the data set's root and split")
     order = torch.argsort(torch.cat(indices), stable=True)  # [N]
     return torch.cat(parts)[order]  # [N, D]
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside; outside, the training flag of every submodule is as it was (a frozen part stays frozen)."""
-    flags = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in flags:
-            part.training = training
 
 
 def features_of(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping
-from typing import Annotated, Any, ClassVar, final
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Annotated, Any, ClassVar, NamedTuple, final
 
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from mvmr.types import Batch, FeaturePass, Section, Step
+from mvmr.nets.encoders import EncoderConfig
+from mvmr.types import Batch, FeaturePass, Section, Step, UserError
 
 Width = Annotated[int, Field(ge=1)]
 """The width of a layer, in settings."""
@@ -46,6 +47,10 @@ class MethodConfig(Section):
     def check_representations(self, names: Collection[str]) -> None:
         """Raise ValueError where these settings do not fit the run's representations."""
 
+    def fitted(self, widths: Callable[[], Mapping[str, int]]) -> MethodConfig:
+        """These settings for a run whose representations have these widths, {name: F}, which are measured if called."""
+        return self
+
     def remarks(self, counts: Mapping[str, int], representations: Collection[str]) -> list[str]:
         """What to warn of when a run starts with these views, {stream: number}, and representations."""
         unused = [f"the stream `{stream}` of views" for stream in counts if stream not in self.needs]
@@ -57,6 +62,52 @@ class MethodConfig(Section):
         if representations and not self.takes_representations:
             unused.append(f"`representations` ({', '.join(representations)})")
         return [f"{self.name} does not look at {what}, which is made all the same" for what in unused]
+
+
+class Exported(NamedTuple):
+    """A network to save beside the run's encoder, and what has to be known to build it again."""
+
+    net: nn.Module
+    encoder: EncoderConfig
+    dim: int
+    """Width of its features."""
+
+
+class DistillationConfig(MethodConfig):
+    """Settings of methods whose student, on one augmented view, learns from one frozen teacher of the plain image."""
+
+    needs: ClassVar[Mapping[str, int]] = {"global": 1}
+    takes_representations: ClassVar[bool] = True
+
+    teacher: str = "teacher"
+    """The name, among the run's `representations`, of the one that teaches."""
+    teacher_width: int | None = Field(None, ge=1, exclude=True)
+    """F of the teacher's [B, F]: found out when a run is built, and not written down."""
+
+    def check_representations(self, names: Collection[str]) -> None:
+        if self.teacher not in names:
+            raise ValueError(
+                f"method.teacher is {self.teacher!r}, and `representations` has {', '.join(names) or 'nothing'}: add "
+                f"representations.{self.teacher} (`kind: teacher` and a `model`), or set method.teacher to another name"
+            )
+
+    def fitted(self, widths: Callable[[], Mapping[str, int]]) -> DistillationConfig:
+        width = widths()[self.teacher]
+        if self.teacher_width not in (None, width):
+            raise UserError(f"method.teacher_width={self.teacher_width}: the teacher's is {width}; leave it out")
+        return self.model_copy(update={"teacher_width": width})
+
+    def remarks(self, counts: Mapping[str, int], representations: Collection[str]) -> list[str]:
+        others = [name for name in representations if name != self.teacher]
+        looked_past = [f"{self.name} learns from {self.teacher} alone and does not look at {name}" for name in others]
+        return super().remarks(counts, representations) + looked_past
+
+    @property
+    def width(self) -> int:
+        """F. Raises ValueError before `fitted` has been called."""
+        if self.teacher_width is None:
+            raise ValueError(f"{self.name} needs the width of its teacher: build it with config.fitted(widths)")
+        return self.teacher_width
 
 
 class Method(nn.Module, ABC):
@@ -75,9 +126,19 @@ class Method(nn.Module, ABC):
     def __init__(self, encoder: nn.Module, dim: int, config: MethodConfig):
         super().__init__()
 
+    def prepare(self, images: int) -> None:
+        """Make the buffers whose size is that of the data set, of `images` images; called once, before anything else.
+
+        Called under the run's seed and equal on all ranks. A checkpoint then finds these buffers in their final size.
+        """
+
     @abstractmethod
     def exported(self) -> nn.Module:
         """The network that is evaluated and saved: online net, EMA teacher or student."""
+
+    def also_exported(self) -> Mapping[str, Exported]:
+        """{NAME: a further network that users may want}, each saved as NAME.safetensors beside encoder.safetensors."""
+        return {}
 
     @abstractmethod
     def embed(self, batch: Batch) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The networks that are trained and kept: ResNets with stems for small images, and any timm model by name."""
+"""The networks that are trained and kept: ResNets with stems for small images, plain nets, any timm model by name."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mvmr.errors import UserError, nearest
 from mvmr.types import Section
 
 RESNETS = ("resnet18", "resnet34", "resnet50")
+PLAIN = ("alexnet", "vgg16")
 TIMM = "timm:"
 TIMMS_NAME = {
     "image_size": "img_size",
@@ -34,14 +35,18 @@ class EncoderConfig(Section):
     """The network that is kept."""
 
     name: str = "resnet18"
-    """resnet18, resnet34 or resnet50 as in torchvision, or timm:NAME for a model of timm."""
+    """resnet18, resnet34 or resnet50 as in torchvision; alexnet or vgg16 with batch norm, as DeepCluster has them,
+    without their last ReLU; or timm:NAME for a model of timm."""
     stem: Literal["imagenet", "cifar", "mvmr"] = "imagenet"
     """imagenet: 7x7 convolution of stride 2 and max-pool; cifar: 3x3 of stride 1, no max-pool; mvmr: 3x3 of stride 1
     with the max-pool kept, as in MV-MR's code for STL10 and CIFAR20. ResNets only."""
     width: float = Field(default=1.0, gt=0, le=8)
-    """Scales the channels of every stage, for runs on small machines. ResNets only."""
+    """Scales the channels of every layer, for runs on small machines. Not for timm models."""
     zero_init_residual: bool = True
     """Start every residual block as the identity. ResNets only."""
+    sobel: bool = False
+    """Give the network the two fixed Sobel derivatives of the grey image in place of colours (DeepCluster, Section
+    3.4). alexnet and vgg16 only."""
     image_size: int | None = Field(default=None, ge=1)
     """Image side a timm model with position embeddings is made for; null: the model's own. timm only."""
     patch_size: int | None = Field(default=None, ge=1)
@@ -56,21 +61,26 @@ class EncoderConfig(Section):
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name in RESNETS or (name.startswith(TIMM) and name != TIMM):
+        own = (*RESNETS, *PLAIN)
+        if name in own or (name.startswith(TIMM) and name != TIMM):
             return name
-        raise UserError(f"no encoder of that name{nearest(name, RESNETS)}; known: {', '.join(RESNETS)}, or timm:NAME")
+        raise UserError(f"no encoder of that name{nearest(name, own)}; known: {', '.join(own)}, or timm:NAME")
 
     @model_validator(mode="after")
     def _only_what_applies(self) -> EncoderConfig:
-        if self.name.startswith(TIMM):
-            unused = {"stem": "imagenet", "width": 1.0, "zero_init_residual": True}
+        of_timm, plain = self.name.startswith(TIMM), self.name in PLAIN
+        unused: dict[str, str] = {}
+        if of_timm or plain:
             remedy = "applies to the ResNets only: leave it out, or take one of " + ", ".join(RESNETS)
-        else:
-            unused = {"image_size": None, "patch_size": None, "drop_path": 0.0, "any_size": False}
+            unused |= dict.fromkeys(("stem", "zero_init_residual", *(("width",) if of_timm else ())), remedy)
+        if not plain:
+            unused["sobel"] = "applies to alexnet and vgg16 only: leave it out, or take one of these"
+        if not of_timm:
             remedy = "applies to timm models only: leave it out, a ResNet takes images of any size"
-        given = [key for key, default in unused.items() if getattr(self, key) != default]
-        if given:
-            raise UserError(f"encoder.{given[0]} is set with encoder.name={self.name}, but {remedy}")
+            unused |= dict.fromkeys(("image_size", "patch_size", "drop_path", "any_size"), remedy)
+        for key, remedy in unused.items():
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise UserError(f"encoder.{key} is set with encoder.name={self.name}, but {remedy}")
         if self.patch_size and self.image_size and self.image_size % self.patch_size:
             raise UserError(
                 f"encoder.image_size={self.image_size} is no multiple of encoder.patch_size={self.patch_size}: the "
@@ -93,6 +103,14 @@ def build_encoder(
         for local in local_sides:
             _check_takes(net, config, local)
         return net, width
+    if config.name in PLAIN:
+        from mvmr.nets.plain import LAYOUTS as PLAIN_LAYOUTS
+        from mvmr.nets.plain import PlainNet
+
+        layout = PLAIN_LAYOUTS[config.name]
+        _check_sides(config, layout.least_side, side, local_sides)
+        plain = PlainNet(layout, width=config.width, sobel=config.sobel)
+        return plain, plain.dim
     # torchvision takes about a second to import, so settings can be read without it.
     from mvmr.nets.resnet import LAYOUTS, ResNet
 
@@ -154,6 +172,15 @@ def output_width(net: nn.Module, config: EncoderConfig, side: int | None = None)
             f"encoder.name={config.name}: gives {list(features.shape)} per image, not one vector; take another model"
         )
     return features.shape[1]
+
+
+def _check_sides(config: EncoderConfig, least: int, side: int | None, local_sides: Iterable[int]) -> None:
+    small = [given for given in (side, *local_sides) if given is not None and given < least]
+    if small:
+        raise UserError(
+            f"encoder.name={config.name} takes images of {least} pixels or more, and the run has views of {small[0]}: "
+            f"set views.size={least} or more (and views.crops likewise), or take a ResNet"
+        )
 
 
 def _check_takes(net: nn.Module, config: EncoderConfig, side: int) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 LastNorm = Literal["none", "plain", "scale"]
 """What follows an MLP's last layer: nothing, batch norm without parameters, or batch norm with a scale and no shift."""
@@ -41,3 +42,17 @@ def mlp(
     if last_norm == "scale":
         layers[-1].bias.requires_grad_(False)  # stays at 0
     return nn.Sequential(*layers)
+
+
+@torch.no_grad()
+def redraw(parameters: Iterable[Tensor], *, seed: int, std: float = 0.01) -> None:
+    """Draw weights anew, in place: tensors of two dimensions or more from N(0, std^2), biases 0.
+
+    A function of the seed alone, so equal on all ranks and devices; drawn in float32 on the CPU.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        if parameter.ndim < 2:
+            parameter.zero_()
+        else:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator).mul_(std))
