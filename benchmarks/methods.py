@@ -13,12 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
+
+from measured_run import trained, watched
 
 from mvmr.api import evaluate
 from mvmr.config import recipe_names
@@ -40,43 +38,18 @@ def main() -> None:
 
 
 def measured(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    run = arguments.out / f"{method}-{arguments.seed}"
-    cost = trained(method, run, arguments)
+    run, recipe = arguments.out / f"{method}-{arguments.seed}", f"{method}{SUFFIX}"
+    settings = [f"data.root={arguments.root}", f"seed={arguments.seed}", *arguments.overrides]
+    cost = trained(recipe, settings, run, threads=arguments.threads)
     results = evaluate(run, data="cifar10", root=arguments.root, on=PROTOCOLS, random=True)
     top1 = {
         label: {r.evaluation: r.metrics["top1"] for r in results if (r.encoder == "random") == (label == "random")}
         for label in ("trained", "random")
     }
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    speeds = [line["images_per_second"] for line in lines if "images_per_second" in line]
-    watched = [line for line in lines if "rankme" in line]
     return {
-        "method": method, "recipe": f"{method}{SUFFIX}", "overrides": arguments.overrides, "seed": arguments.seed,
-        "threads": arguments.threads, **cost,
-        "images_per_second": statistics.median(speeds), "rankme": watched[-1]["rankme"],
-        "embedding_std": watched[-1]["embedding_std"], **top1, "environment": environment(),
+        "method": method, "recipe": recipe, "overrides": arguments.overrides, "seed": arguments.seed,
+        "threads": arguments.threads, **cost, **watched(run), **top1, "environment": environment(),
     }  # fmt: skip
-
-
-def trained(method: str, run: Path, arguments: argparse.Namespace) -> dict[str, float]:
-    """Minutes on the clock, minutes of processor time and peak gigabytes of the training process, all in it counted."""
-    words = [
-        sys.executable, "-m", "mvmr", "train", f"{method}{SUFFIX}", f"data.root={arguments.root}",
-        f"seed={arguments.seed}", *arguments.overrides, "--out", str(run),
-    ]  # fmt: skip
-    threads = {"OMP_NUM_THREADS": str(arguments.threads), "MKL_NUM_THREADS": str(arguments.threads)}
-    started = time.monotonic()
-    with open(arguments.out / f"{method}-{arguments.seed}.log", "w") as log:
-        process = subprocess.Popen(words, env={**os.environ, **threads}, stdout=log, stderr=log)
-        _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{method}: training failed, see {log.name}")
-    kilobytes = usage.ru_maxrss / (1024 if sys.platform == "darwin" else 1)
-    return {
-        "minutes": (time.monotonic() - started) / 60,
-        "processor_minutes": (usage.ru_utime + usage.ru_stime) / 60,
-        "peak_gigabytes": kilobytes / 2**20,
-    }
 
 
 def table(records: list[dict[str, Any]]) -> str:
