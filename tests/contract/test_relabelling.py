@@ -4,6 +4,7 @@ two devices label as one does.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import yaml
 
 from mvmr.config import Run
 from mvmr.engine.module import Adapter
-from mvmr.engine.passes import DataPass
 from mvmr.engine.train import train
 from mvmr.methods import METHODS, Method
 from mvmr.ops.batch_norm import synchronise_batch_norm
@@ -65,28 +65,25 @@ def test_stopped_between_two_labellings(name: str, tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("name", RELABELLING)
 def test_stopped_during_a_labelling(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It dies in the middle of `before_step`, whose buffers are half-way by then."""
-    run = tiny(name, schedule__epochs=3)
-    train(run, tmp_path / "whole", quiet=True)
-    kind = METHODS[name]
-    before_step, labellings = kind.before_step, []
+    """It dies in the middle of `before_step`, where labels are brought together and some may have been stored."""
+    run, module = tiny(name, schedule__epochs=3), sys.modules[METHODS[name].__module__]
+    together, calls = module.of_all_ranks, []
 
-    def stop(self: Method, at: Step, pass_over: DataPass) -> Any:
-        state = {key: value.clone() for key, value in self.named_buffers()}
-        redrawn = list(before_step(self, at, pass_over))
-        changed = [key for key, value in self.named_buffers() if not torch.equal(value, state[key])]
-        labellings.extend([at.step] if changed else [])
-        if len(labellings) == 2:
-            self.get_buffer(changed[0]).copy_(state[changed[0]])
+    def counted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == fatal:
             raise Stopped
-        return redrawn
+        return together(*arguments)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(kind, "before_step", stop)
-        if not dies(run, tmp_path / "stopped"):
-            pytest.skip(f"{name} labels the data once")
-    assert labellings[0] == 0
-    assert 0 < labellings[1] < 18
+    monkeypatch.setattr(module, "of_all_ranks", counted)
+    fatal = 0
+    train(run, tmp_path / "whole", quiet=True)
+    if len(calls) < 2:
+        pytest.skip(f"{name} labels the data once")
+    fatal = len(calls) // 2 + 1  # in the second half of the run, and of a labelling of two parts
+    calls.clear()
+    assert dies(run, tmp_path / "stopped")
+    fatal = 0
     train(run, tmp_path / "stopped", resume=True, quiet=True)
     check_same(tmp_path / "stopped", tmp_path / "whole")
 

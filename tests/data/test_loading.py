@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from mvmr.data.images import ArraySource, FileSource
-from mvmr.data.loading import Loaded, Loader, plain_batches, weighted_draw
+from mvmr.data.loading import Loaded, Loader, plain_batches
 from mvmr.data.store import prepare
 from mvmr.data.view_ops import plain
 from mvmr.errors import RunError, UserError
@@ -154,38 +154,6 @@ def test_sizes_that_do_not_fit_are_refused(array: ArraySource) -> None:
         Loader(array, batch_size=4, seed=0, world_size=3)
     with pytest.raises(UserError, match=r"same data and data\.batch_size"):
         Loader(array, batch_size=4, seed=0).load_state_dict({"epoch": 0, "batches": 5})
-
-
-def test_weights_are_read_when_an_epoch_starts(array: ArraySource) -> None:
-    weights: list[Tensor | None] = [None]
-    asked: list[int] = []
-
-    def current() -> Tensor | None:
-        asked.append(1)
-        return weights[0]
-
-    loader = Loader(array, batch_size=4, seed=0, weights=current)
-    iterator = iter(loader)
-    assert not asked
-    weights[0] = torch.zeros(22)
-    weights[0][[3, 5]] = torch.tensor([1.0, 3.0])
-    assert set(torch.cat([batch.index for batch in iterator]).tolist()) <= {3, 5}
-    assert len(asked) == 1
-    weights[0] = None
-    assert len(set(torch.cat([batch.index for batch in loader]).tolist())) == 20
-
-
-def test_weighted_draws_follow_their_weights() -> None:
-    weights = torch.arange(4.0).repeat(5000)  # classes 0 ... 3 at 0 : 1 : 2 : 3
-    drawn = weighted_draw(1, 2, weights)
-    counts = torch.bincount(drawn % 4, minlength=4) / len(weights)
-    assert counts[0] == 0
-    assert counts.tolist() == pytest.approx([0, 1 / 6, 2 / 6, 3 / 6], abs=0.02)  # 5 standard deviations
-    assert torch.equal(drawn, weighted_draw(1, 2, weights))
-    assert not torch.equal(drawn, weighted_draw(1, 3, weights))
-    for wrong in (torch.zeros(4), torch.tensor([1.0, -1.0]), torch.tensor([1.0, float("nan")])):
-        with pytest.raises(ValueError, match="weights must be"):
-            weighted_draw(0, 0, wrong)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,11 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from mvmr.data.sources import ArraySource, DataConfig, open_source
+from mvmr.errors import RunError
 from mvmr.ops.kmeans import Clustering, _Search, drawn_rows, kmeans
+from mvmr.ops.whitening import whitening_of
+from mvmr.representations.hog import HOG
 from ranks import run_on_ranks
 
 
@@ -231,3 +237,25 @@ def test_lower_precision_of_matrix_products_is_not_used() -> None:
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_rows_that_are_not_finite_are_refused(value: float) -> None:
+    x = digits().clone()
+    x[7, 3] = value
+    with pytest.raises(RunError, match=r"not finite.*last checkpoint is intact"):
+        kmeans(x, x[20:30].clone())
+
+
+@pytest.mark.skipif("MVMR_TEST_DATA" not in os.environ, reason="MVMR_TEST_DATA, with CIFAR-10's folder, is not set")
+@pytest.mark.parametrize("clusters", [100, 300])
+def test_objective_on_features_of_cifar10_is_within_one_percent_of_scikit_learns(clusters: int) -> None:
+    """HOG of 10,000 training images, whitened and of norm 1 as DeepCluster's features are; starts of k-means++."""
+    source = open_source(DataConfig(name="cifar10", root=Path(os.environ["MVMR_TEST_DATA"])), "pretrain", size=32)
+    assert isinstance(source, ArraySource)
+    images = source.gather(torch.arange(10_000)).float() / 255
+    raw = HOG()(images).flatten(1)
+    x = normalize(whitening_of(raw, 128)(raw), dim=1)
+    ours = kmeans(x, drawn_rows(x, torch.arange(len(x)), clusters, seed=0)).inertia[-1]
+    theirs = KMeans(clusters, n_init=1, max_iter=20, tol=0.0, random_state=0).fit(x.numpy()).inertia_
+    assert ours < 1.01 * theirs

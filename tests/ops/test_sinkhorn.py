@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from mvmr.errors import RunError
 from mvmr.ops.sinkhorn import Potentials, plan, plan_labels, sinkhorn, transport
 from ranks import run_on_ranks
 
@@ -274,3 +275,10 @@ def test_refuses() -> None:
         transport(scores, epsilon=0.05, tolerance=0.0)
     with pytest.raises(ValueError, match=r"masses of 24 rows and 7 columns, not \[\[24\], \[6\]\]"):
         transport(scores, epsilon=0.05, tolerance=1.0, log_column_mass=torch.zeros(6))
+
+
+def test_scores_that_are_not_finite_are_refused_soon() -> None:
+    scores = log_probabilities(50, 4)
+    scores[7, 1] = torch.nan
+    with pytest.raises(RunError, match=r"not finite.*last checkpoint is intact"):
+        transport(scores, epsilon=0.1, tolerance=0.1, most=10)

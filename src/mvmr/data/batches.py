@@ -39,7 +39,7 @@ class BatchMaker:
             on_device = {name: crop.to(device, non_blocking=True) for name, crop in images.items()}
         else:
             on_device = images.to(device, non_blocking=True)
-        views = self.views(on_device, loaded.index, loaded.epoch)
+        views = self.views(on_device, loaded.drawn, loaded.epoch)
         features = self.features(views["plain"][0], loaded.index, loaded.epoch)
         return Batch(index=loaded.index, views=views, representations=features)
 

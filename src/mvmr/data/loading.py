@@ -19,8 +19,10 @@ from mvmr.errors import RunError, UserError
 from mvmr.ops.random import permutation, uniform
 
 Start = Callable[[Tensor, int, int], dict[str, Tensor]]
-"""start(image [3, H, W] uint8, index, epoch) -> crops {name: [3, s, s] uint8}: the part of views done by workers."""
+"""start(image [3, H, W] uint8, number as in Loaded.drawn, epoch) -> crops {name: [3, s, s] uint8}: workers' part."""
 
+POSITION = 0xFFFFFFFF
+"""The bits of `Loaded.drawn` that say which image it is."""
 WEIGHTED_STREAM = 0xFFFFFFFE
 """The stream of `weighted_draw`; the streams of views are small numbers, that of `permutation` is the last."""
 
@@ -31,6 +33,8 @@ class Loaded:
 
     index: Tensor
     """[B] int64 on the CPU, positions in the source."""
+    drawn: Tensor
+    """[B] int64 on the CPU, whose views they get: the position, and 2^32 more for each earlier time in the epoch."""
     epoch: int
     images: Tensor | dict[str, Tensor]
     """[B, 3, H, W] uint8, or crops by name, each [B, 3, s, s] uint8."""
@@ -38,7 +42,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class _Read:
-    index: Tensor
+    drawn: Tensor
     images: Tensor | dict[str, Tensor]
     bad: list[tuple[str, str]]
     """(path, reason) of files that were replaced by the next readable one."""
@@ -118,10 +122,10 @@ class Loader:
             self._handed_out += 1
             if self._handed_out == len(self):
                 self.epoch, self._handed_out = epoch + 1, 0
-            yield Loaded(read.index, epoch, read.images)
+            yield Loaded(read.drawn & POSITION, read.drawn, epoch, read.images)
 
     def _parts(self, epoch: int) -> list[Tensor]:
-        """This rank's positions [B / W] for every batch of an epoch."""
+        """This rank's [B / W] for every batch of an epoch, as `Loaded.drawn`."""
         weights = self.weights() if self.weights else None
         images = len(self.source)
         order = permutation(self.seed, epoch, images) if weights is None else self._drawn(weights, epoch)
@@ -133,7 +137,8 @@ class Loader:
     def _drawn(self, weights: Tensor, epoch: int) -> Tensor:
         if weights.shape != (len(self.source),):
             raise ValueError(f"weights must be [{len(self.source)}], one an image, not {list(weights.shape)}")
-        return weighted_draw(self.seed, epoch, weights)
+        order = weighted_draw(self.seed, epoch, weights)
+        return order + (times_before(order) << 32)  # or an image that comes again would bring the same views
 
     def _report(self, bad: list[tuple[str, str]]) -> None:
         for path, reason in bad:
@@ -153,20 +158,29 @@ def weighted_draw(seed: int, epoch: int, weights: Tensor) -> Tensor:
     return torch.searchsorted(cumulated, drawn, right=True).clamp_(max=last)
 
 
-def _read(source: ImageSource, start: Start | None, epoch: int, index: Tensor) -> _Read:
-    """The images at positions `index` [B], or what `start` makes of each."""
+def times_before(order: Tensor) -> Tensor:
+    """How often each of these positions [N] has come before in the list: [N] int64, 0 the first time."""
+    ranked, places = order.sort(stable=True)
+    times = torch.empty_like(order)
+    times[places] = torch.arange(len(order)) - torch.searchsorted(ranked, ranked)
+    return times
+
+
+def _read(source: ImageSource, start: Start | None, epoch: int, drawn: Tensor) -> _Read:
+    """The images of `drawn` [B], see Loaded, or what `start` makes of each."""
+    index = drawn & POSITION
     if isinstance(source, ArraySource):
-        return _Read(index, source.gather(index), [])
+        return _Read(drawn, source.gather(index), [])
     bad: list[tuple[str, str]] = []
     found = [_next_readable(source, position, bad) for position in index.tolist()]
     images = [image for _, image in found]
-    index = torch.tensor([position for position, _ in found])
+    drawn = drawn - index + torch.tensor([position for position, _ in found])
     if start is None:
         if len({image.shape for image in images}) > 1:
             raise ValueError(f"{source.name}: images differ in size, so the loader needs `start` to crop them")
-        return _Read(index, torch.stack(images), bad)
-    crops = [start(image, position, epoch) for position, image in found]
-    return _Read(index, {name: torch.stack([crop[name] for crop in crops]) for name in crops[0]}, bad)
+        return _Read(drawn, torch.stack(images), bad)
+    crops = [start(image, number, epoch) for number, image in zip(drawn.tolist(), images, strict=True)]
+    return _Read(drawn, {name: torch.stack([crop[name] for crop in crops]) for name in crops[0]}, bad)
 
 
 def _next_readable(source: ImageSource, position: int, bad: list[tuple[str, str]]) -> tuple[int, Tensor]:

@@ -21,6 +21,10 @@ class Checkpoints(Callback):
         self.every_steps, self.keep_every_epochs = every_steps, keep_every_epochs
         self._saved = 0
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Or a resumed run would save in the middle of its first accumulated step.
+        self._saved = trainer.global_step
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:

@@ -48,8 +48,8 @@ class Adapter(LightningModule):
     def now(self) -> Step:
         return Step(self.global_step, self.total_steps, self.steps_per_epoch)
 
-    def prepare(self) -> Tensor | None:
-        """Run `before_step` once for the coming step; the sampler calls this when an epoch starts."""
+    def prepare(self) -> None:
+        """Run `before_step` once for the coming step."""
         step = self.now()
         if self._prepared != step.step:
             self._prepared = step.step
@@ -58,6 +58,10 @@ class Adapter(LightningModule):
             redrawn = list(self.method.before_step(step, pass_over))
             if redrawn:
                 self._forget_state_of(redrawn)
+
+    def sampling_weights(self) -> Tensor | None:
+        """The method's, for the coming epoch; the sampler asks when one starts."""
+        self.prepare()
         return self.method.sampling_weights()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:

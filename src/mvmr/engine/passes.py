@@ -13,6 +13,7 @@ from mvmr.data.batches import BatchMaker
 from mvmr.data.loading import plain_batches
 from mvmr.data.sources import ImageSource, subset
 from mvmr.errors import UserError
+from mvmr.ops.random import permutation
 
 IMAGES = 512
 """At most so many images of all ranks together go into one call."""
@@ -22,7 +23,7 @@ LOOKED_UP = 8192
 
 @dataclass(frozen=True)
 class DataPass:
-    """The engine's FeaturePass over this rank's images: rank, rank + W, ..."""
+    """The engine's FeaturePass over this rank's images: every W-th of an order that the run's seed gives."""
 
     source: ImageSource
     run: Run
@@ -34,7 +35,8 @@ class DataPass:
     @torch.no_grad()
     def __call__(self, fn: Callable[[Tensor], Tensor], /) -> tuple[Tensor, Tensor]:
         """(index [n], features [n, D]) of fn, on the device that fn leaves them on; the index is on the CPU."""
-        own, sizes = self._shares()
+        # Files lie sorted by class, and batch norm in train mode would remove what tells classes apart.
+        own, sizes = self._shares(permutation(self.run.seed, 0, len(self.source)))
         return own, _rows(len(own), (fn(images) for _, images in self._images(own, sizes)))
 
     @torch.no_grad()
@@ -46,19 +48,19 @@ class DataPass:
         known = self.maker.representations
         if name not in known:
             raise UserError(f"representations: none is named {name!r}; there are {', '.join(known) or 'none at all'}")
-        own, sizes = self._shares()
+        own, sizes = self._shares(torch.arange(len(self.source)))
         if name in self.maker.kept:
             kept = self.maker.kept[name]
             return own, _rows(len(own), (kept(part, self.device) for part in own.split(LOOKED_UP)))
         made = known[name].to(self.device)
         return own, _rows(len(own), (made(images, index, 0).flatten(1) for index, images in self._images(own, sizes)))
 
-    def _shares(self) -> tuple[Tensor, list[int]]:
+    def _shares(self, order: Tensor) -> tuple[Tensor, list[int]]:
         """This rank's positions, and how many of them each call has: parts of windows that all ranks have in common."""
-        positions = torch.arange(len(self.source))
-        windows = positions.tensor_split(-(-len(positions) // IMAGES))
+        places = torch.arange(len(order))
+        windows = places.tensor_split(-(-len(places) // IMAGES))
         of_this_rank = [int((window % self.world_size == self.rank).sum()) for window in windows]
-        return positions[self.rank :: self.world_size], of_this_rank
+        return order[self.rank :: self.world_size], of_this_rank
 
     def _images(self, own: Tensor, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """(positions [b], normalised plain images [b, 3, S, S] on the device)."""
@@ -67,8 +69,8 @@ class DataPass:
         mean, std = (
             torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (self.run.data.mean, self.run.data.std)
         )
-        part = self.source if self.world_size == 1 else subset(self.source, own)
-        batches = plain_batches(part, batch_size=sizes, size=self.run.views.size, workers=self.run.data.workers)
+        part, size = subset(self.source, own), self.run.views.size
+        batches = plain_batches(part, batch_size=sizes, size=size, workers=self.run.data.workers)
         for within, images in batches:
             yield own[within], (images.to(self.device).float() / 255 - mean) / std
 

@@ -131,7 +131,7 @@ def assemble(run: Run, parts: Parts, out: Path, *, quiet: bool) -> tuple[Trainer
     batches = len(data.loader())
     steps_per_epoch = -(-batches // run.engine.accumulate)
     adapter = Adapter(parts.method, run, steps_per_epoch=steps_per_epoch, source=parts.source, maker=parts.maker)
-    data.weights = adapter.prepare
+    data.weights = adapter.sampling_weights
     metrics = Metrics(
         MetricsFile(out, tensorboard=run.engine.tensorboard),
         every_steps=run.engine.log_every_steps, batch_size=run.data.batch_size,

@@ -93,7 +93,7 @@ def _fit(run: Run, parts: Parts, callback: _Trial, *, quiet: bool) -> None:
     steps_per_epoch = -(-len(data.loader()) // run.engine.accumulate)
     adapter = Adapter(parts.method, run, steps_per_epoch=steps_per_epoch, source=parts.source, maker=parts.maker)
     trainer = trainer_of(run, [callback])
-    data.weights = adapter.prepare
+    data.weights = adapter.sampling_weights
     data.prepare = partial(keep_representations, run, parts, trainer, quiet=quiet)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\.", message="|".join(NOISE))

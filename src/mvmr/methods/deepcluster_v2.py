@@ -20,6 +20,7 @@ from mvmr.ops.collectives import all_reduce_sum, gather, rank, world_size
 from mvmr.ops.kmeans import drawn_rows, kmeans
 from mvmr.ops.labels import normalised_mutual_information, of_all_ranks
 from mvmr.ops.layers import mlp
+from mvmr.ops.modes import seeded
 from mvmr.ops.precision import at_least_float32
 from mvmr.ops.random import step_seed
 from mvmr.types import Batch, FeaturePass, Step, UserError
@@ -125,7 +126,8 @@ class DeepClusterV2(Method):
 
     def _fill(self, pass_over: FeaturePass) -> None:
         """The bank before the first epoch, of plain images, with the batch statistics that training has too."""
-        index, z = pass_over(lambda images: self._projected(self.encoder(images)))
+        with seeded(step_seed(self._seed, 0, rank()), self.bank.device):  # dropout's and dropped paths' draws
+            index, z = pass_over(lambda images: self._projected(self.encoder(images)))
         self.bank.zero_()
         self.bank[:, index.to(self.bank.device)] = z.to(self.bank)
         self.bank.copy_(all_reduce_sum(self.bank))

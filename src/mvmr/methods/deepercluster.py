@@ -146,8 +146,10 @@ class DeeperCluster(Method):
             return ()
         seed = step_seed(self._seed, step.step, 0)
         self._relabel(pass_over, seed, first=step.step == 0)
-        redraw(self._heads(), seed=seed)
-        return self._heads()
+        # Of one super-cluster only rotations are left to V, and they stay what they are.
+        redrawn = self._heads() if self.config.super_clusters > 1 else list(self.sub_heads.parameters())
+        redraw(redrawn, seed=seed)
+        return redrawn
 
     def _relabel(self, pass_over: FeaturePass, seed: int, *, first: bool) -> None:
         c, images = self.config, len(self.supers)

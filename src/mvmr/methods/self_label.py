@@ -15,16 +15,17 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import Parameter, functional
 
+from mvmr.losses.clustering import cluster_cross_entropy
 from mvmr.losses.cosine import normalised_std
 from mvmr.losses.self_distillation import entropy
 from mvmr.methods.base import Method, MethodConfig
 from mvmr.ops.collectives import rank
 from mvmr.ops.labels import of_all_ranks
-from mvmr.ops.modes import evaluating
+from mvmr.ops.modes import evaluating, seeded
 from mvmr.ops.precision import at_least_float32
 from mvmr.ops.random import permutation, step_seed
 from mvmr.ops.sinkhorn import plan_labels, transport
-from mvmr.types import Batch, FeaturePass, Step
+from mvmr.types import Batch, FeaturePass, Step, UserError
 
 ROWS = 8192
 """Images whose predictions are made at a time in a label step."""
@@ -78,6 +79,11 @@ class SelfLabel(Method):
 
     def prepare(self, images: int) -> None:
         """Random labels of equal shares, [heads, N], for heads whose first label step is still to come."""
+        if images < self.config.clusters:
+            raise UserError(
+                f"method.clusters is {self.config.clusters}, but there are {images} images to share them equally: "
+                "take fewer, so that a label has a hundred images or so"
+            )
         orders = [permutation(self._seed, head, images) for head in range(self.config.heads)]
         self.register_buffer("labels", torch.stack(orders).remainder(self.config.clusters).int())
 
@@ -91,7 +97,7 @@ class SelfLabel(Method):
     def objective(self, embeddings: dict[str, Tensor], batch: Batch, step: Step) -> dict[str, Tensor]:
         logits = at_least_float32(embeddings["logits"]).unflatten(1, (self.config.heads, -1))  # [B, T, K]
         labels = self.labels[:, batch.index.to(logits.device)].T.long()  # [B, T]
-        loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten())  # the mean over images and heads
+        loss = cluster_cross_entropy(logits.flatten(0, 1), labels.flatten())  # the mean over images and heads
         shares = logits.detach().softmax(2).mean(0)  # [T, K]
         accuracy = (logits.detach().argmax(2) == labels).to(loss.dtype).mean()
         terms = {"accuracy": accuracy, "entropy/mean": entropy(shares).mean(), "relabelled": self.relabelled.clone()}
@@ -131,11 +137,10 @@ class SelfLabel(Method):
         self.relabelled.copy_(torch.stack(changed).mean())
 
     def _features(self, step: Step, pass_over: FeaturePass) -> tuple[Tensor, Tensor]:
-        device = self.head.weight.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(step_seed(self._seed, step.step, rank()))  # of dropout, in train mode
-            with evaluating(self.encoder) if self.config.label_mode == "eval" else nullcontext():
-                return pass_over(self.encoder)
+        mode = evaluating(self.encoder) if self.config.label_mode == "eval" else nullcontext()
+        # In train mode dropout draws.
+        with mode, seeded(step_seed(self._seed, step.step, rank()), self.head.weight.device):
+            return pass_over(self.encoder)
 
     def _log_probabilities(self, features: Tensor, head: int) -> Tensor:
         """Logarithms of p(y | x) by one head, [n, D] -> [n, K] float32 (or float64)."""

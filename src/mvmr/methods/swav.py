@@ -54,7 +54,7 @@ class SwAV(Method):
 
     Config: ClassVar[type[MethodConfig]] = SwAVConfig
     summary: ClassVar[str] = "a view's evenly dealt cluster code predicted from the other views (Caron et al., 2020)"
-    base_lr: ClassVar[float] = 0.6  # Section 4.3: LARS at a batch of 256; at 4096 it is 4.8 (Appendix A.1)
+    base_lr: ClassVar[float] = 0.3  # Appendix A.1: LARS, 4.8 at a batch of 4096; with a queue at 256 it is 0.6
     base_optimizer: ClassVar[str] = "lars"
 
     def __init__(self, encoder: nn.Module, dim: int, config: SwAVConfig):

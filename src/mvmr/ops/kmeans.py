@@ -8,6 +8,7 @@ GPU adds.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mvmr.errors import NOT_FINITE, RunError
 from mvmr.ops.collectives import all_reduce_sum, gather
 from mvmr.ops.precision import full_float32
 from mvmr.ops.random import uniform
@@ -62,7 +64,8 @@ def kmeans(
     3.3); a cluster stays empty only where distinct rows are fewer than clusters. "keep" leaves its centroid where it
     is. seed: of these draws. memory: MiB of working space for a part of the rows, beside x and tables of [K, D + 2].
     Distances are taken in float32 (float64 for such rows) after the rows' mean is subtracted. The ranks' n may differ,
-    and be 0. Raises ValueError for shapes that do not fit, and where no rank has a row.
+    and be 0. Raises ValueError for shapes that do not fit, and where no rank has a row; RunError, on all ranks at
+    once, where a row of any is not finite.
     """
     if x.dim() != 2 or start.dim() != 2 or x.shape[1] != start.shape[1] or not len(start):
         raise ValueError(f"k-means takes rows [n, D] and a start [K, D], not {tuple(x.shape)} and {tuple(start.shape)}")
@@ -176,6 +179,8 @@ class _Search:
         self.part = max(1, (memory << 20) // (self.dtype.itemsize * (clusters + width) + 8 * (width + 2) + 64))
         self.centre = (all_reduce_sum(self._sum()) / total).to(self.dtype)  # [D]
         reach = float(gather(self._furthest().unsqueeze(0)).max()) or 1.0
+        if not math.isfinite(reach):
+            raise RunError(NOT_FINITE)
         # Sums of `total` integers below 2^bits stay below 2^62.
         self.bits = 62 - total.bit_length()
         self.unit = reach * 2.0**-self.bits

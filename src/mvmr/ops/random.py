@@ -47,8 +47,8 @@ def uniform(seed: int, epoch: int, index: Tensor, stream: int | Tensor, draws: i
 
     Key (seed, epoch), counter (index low, index high, stream, block): the n-th draw of an index never depends on how
     many are asked for, nor on the other indices. seed: 64 bits count (the upper half enters the index's upper word,
-    which no data set reaches); epoch and stream: 32 bits. index: int64 [B], or any shape that broadcasts with
-    `stream`. Returns float64 [B, draws] on the index's device.
+    which has nothing else than how often an image came before); epoch and stream: 32 bits. index: int64 [B], or any
+    shape that broadcasts with `stream`. Returns float64 [B, draws] on the index's device.
     """
     if isinstance(stream, Tensor):
         index, stream = torch.broadcast_tensors(index, stream)

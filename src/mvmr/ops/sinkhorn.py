@@ -12,12 +12,14 @@ scores, which are never copied, the memory is that of a few chunks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from mvmr.errors import NOT_FINITE, RunError
 from mvmr.ops.collectives import all_reduce_sum, gather
 
 CHUNK_VALUES = 1 << 22
@@ -93,6 +95,7 @@ def transport(
     chunk: rows at a time; null: 4 M values. All arithmetic is in float64 on the scores' device: the tolerance is 1e-7 a
     row of ImageNet's. Raises ValueError for scores that are no matrix, masses of other lengths, an epsilon or a
     tolerance that is not positive.
+    RunError, on all ranks at once, where a score of any is not finite.
     """
     _check(scores, epsilon)
     if tolerance <= 0 or most < 1:
@@ -106,6 +109,8 @@ def transport(
         rows, before, done = new, rows, done + 1
         if done % 10 == 0 or done >= most:
             violation = float(all_reduce_sum((before - rows).expm1().abs().sum()))
+            if not math.isfinite(violation):
+                raise RunError(NOT_FINITE)
             if violation < tolerance or done >= most:
                 return Potentials(rows, columns, done, violation)
         columns = columns + mass - sums

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mvmr.errors import NOT_FINITE, RunError
 from mvmr.ops.collectives import all_reduce_sum, from_first_rank
 from mvmr.types import FeaturePass
 
@@ -58,21 +59,23 @@ class Moments:
     def whitening(self, width: int, *, epsilon: float = 0.0) -> Whitening:
         """The whitening of all ranks' rows to `width` dimensions, or to D where that is fewer; equal on all ranks.
 
-        Variances are those of n - 1, as scikit-learn's PCA(whiten=True) has them. epsilon: this share of the largest
-        variance is added to each before its root is taken (DeeperCluster's code: 1e-5). Raises ValueError for fewer
-        than two rows.
+        Variances are those of n - 1, as scikit-learn's PCA(whiten=True) has them. epsilon: smaller variances are
+        raised to this share of the largest before the root is taken (DeeperCluster's code: 1e-5). Raises ValueError for
+        fewer than two rows, and RunError, on all ranks at once, where a row of any is not finite.
         """
         table = all_reduce_sum(self.table)
         count = float(table[-1, -1])
         if count < 2:
             raise ValueError(f"variances need two rows or more, not {count:.0f}")
+        if not table.isfinite().all():
+            raise RunError(NOT_FINITE)
         mean = table[:-1, -1] / count
         covariance = (table[:-1, :-1] / count - torch.outer(mean, mean)) * (count / (count - 1))
         variances, directions = torch.linalg.eigh(covariance)
         variances, directions = variances.flip(0)[:width].clamp(min=0), directions.flip(1)[:, :width]
         largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))  # [1, E]
         directions = directions * largest.sign()
-        scales = (variances + epsilon * variances[0]).rsqrt()
+        scales = torch.maximum(variances, epsilon * variances[0]).rsqrt()
         scales = torch.where(variances > NEGLIGIBLE * variances[0], scales, 0.0)
         # One rank's, because libraries may differ between machines in the last bit.
         return Whitening(mean, from_first_rank(directions), from_first_rank(scales))
