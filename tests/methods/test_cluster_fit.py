@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +13,10 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mvmr.config import load
 from mvmr.methods.cluster_fit import ClusterFit, ClusterFitConfig
 from mvmr.ops.labels import normalised_mutual_information
-from mvmr.types import Batch, Step
+from mvmr.types import Batch, Step, UserError
 from ranks import run_on_ranks
 
 IMAGES = 60
@@ -63,6 +66,34 @@ def test_defaults_are_the_released_code_s() -> None:
     for wrong in ({"clusters": 1}, {"iterations": 0}, {"k": 4}):
         with pytest.raises(ValidationError):
             ClusterFitConfig.model_validate(wrong)
+
+
+def test_more_clusters_than_images_are_refused() -> None:
+    assert len(cluster_fit(clusters=IMAGES).labels.unique()) == IMAGES
+    with pytest.raises(
+        UserError, match=r"method\.clusters is 61, but there are 60 images of data to cluster: take fewer"
+    ):
+        cluster_fit(clusters=IMAGES + 1)
+
+
+def test_the_page_s_overrides_make_cc() -> None:
+    """CompRess's run_cc.sh, with its kmeans.py and train_kmeans.py."""
+    page = (Path(__file__).parents[2] / "docs/methods/cluster_fit.md").read_text()
+    (block,) = re.findall(r"```\nmvmr train (cluster_fit_imagenet .*?)```", page, flags=re.DOTALL)
+    recipe, *words = block.replace("\\\n", " ").split()
+    run = load(recipe, [word for word in words if not word.endswith(("=DIR", "=FILE"))])
+    assert (run.method.clusters, run.method.iterations, run.method.normalise) == (16000, 20, True)
+    augmented = run.views.crops["augmented"]
+    assert (augmented.jitter, augmented.gray, augmented.blur) == (None, 0.0, None)
+    assert (run.optimizer.name, run.optimizer.lr, run.optimizer.momentum, run.optimizer.nesterov) == (
+        "sgd",
+        0.1,
+        0.9,
+        True,
+    )
+    schedule = run.schedule
+    assert (schedule.epochs, schedule.shape, schedule.warmup_epochs, schedule.final) == (100, "cosine", 0, 0.0)
+    assert (run.encoder.name, run.encoder.zero_init_residual, run.data.batch_size) == ("resnet18", False, 256)
 
 
 def test_labels_are_the_clusters_of_the_teacher_and_stay() -> None:

@@ -129,6 +129,15 @@ def test_one_queue_has_neither_a_second_network_nor_a_second_queue() -> None:
     assert not any("key_encoder" in name or "student_queue" in name for name in method.state_dict())
 
 
+def test_a_momentum_without_a_follower_is_remarked_upon() -> None:
+    def remarks(**settings: Any) -> list[str]:
+        return CompRessConfig.model_validate(settings).remarks({"global": 1}, ["teacher"])
+
+    assert remarks(queues=1) == remarks(momentum=0.99) == remarks(momentum=None) == []
+    for momentum in (0.99, None):
+        assert remarks(queues=1, momentum=momentum) == ["no effect with method.queues=1: method.momentum"]
+
+
 def steps(rank: int, ranks: int, settings: dict[str, Any]) -> dict[str, Tensor]:
     """Weights and queues after three steps of plain descent on this rank's parts of three batches."""
     torch.set_num_threads(1)

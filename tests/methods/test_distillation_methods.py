@@ -8,16 +8,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch import Tensor, nn
+from torch.nn import functional
 
 import mvmr
 from mvmr.config import parse
-from mvmr.engine.train import assemble, build
+from mvmr.engine.train import assemble, build, train
 from mvmr.errors import UserError
 from mvmr.methods import METHODS
 from mvmr.methods.base import DistillationConfig
 from mvmr.types import Step
 from tiny import METHODS as TINY
-from tiny import parts_and_data, tiny
+from tiny import Relabelling, parts_and_data, tiny
 
 TAUGHT = sorted(name for name, method in METHODS.items() if issubclass(method.Config, DistillationConfig))
 
@@ -47,19 +49,25 @@ def test_the_teacher_s_width_is_found_out_and_not_written_down(name: str) -> Non
     run = tiny(name, method=of_mine, representations={"mine": {"kind": "hog", "bins": 4, "cell": 4}})
     assert "teacher_width" not in run.resolved()["method"]
     method = build(run).method
+    if name == "cluster_fit":  # which looks at the embeddings when it clusters them, and has no layer of their width
+        assert run.method.fitted(not_to_be_called) is run.method
+        return
     assert method.config.width == 192
-    if name != "cluster_fit":  # which looks at the embeddings when it clusters them
-        with pytest.raises(ValueError, match=r"needs the width of its teacher"):
-            METHODS[name](torch.nn.Identity(), 8, run.method)
+    with pytest.raises(ValueError, match=r"needs the width of its teacher"):
+        METHODS[name](torch.nn.Identity(), 8, run.method)
     with pytest.raises(UserError, match=r"method\.teacher_width=3: the teacher's is 192"):
-        run.method.model_copy(update={"teacher_width": 3}).fitted(lambda: {"mine": 192})
+        run.method.model_copy(update={"teacher_width": 3}).fitted({"mine": 192}.__getitem__)
+
+
+def not_to_be_called(name: str) -> int:
+    raise AssertionError(f"nobody needs the width of {name}")
 
 
 @every_one
 def test_a_cached_projection_has_its_own_width(name: str, tmp_path: Path) -> None:
     run = tiny(name, cache={"width": 16}, data__cache=str(tmp_path / "cache"))
     parts = build(run)
-    assert parts.method.config.width == 16
+    assert name == "cluster_fit" or parts.method.config.width == 16
     _, _, data = assemble(run, parts, tmp_path, quiet=True)
     data.weights = None  # no engine runs here
     assert data.prepare is not None
@@ -87,22 +95,67 @@ def test_the_student_sees_one_augmented_view_and_the_teacher_no_gradient(name: s
         assert rows.grad is None
 
 
-@every_one
-def test_one_cache_serves_every_method(name: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
-    folder = tmp_path_factory.getbasetemp() / "one-cache"
+def test_one_cache_serves_every_method(tmp_path: Path) -> None:
+    folder = tmp_path / "one-cache"
     changes = {
         "representations": {"teacher": {"kind": "teacher", "model": "timm:test_vit@random"}}, "cache": "on",
         "schedule__epochs": 1, "data__cache": str(folder),
     }  # fmt: skip
-    run = tiny(name, **changes)
-    parts = build(run)
-    trainer, adapter, data = assemble(run, parts, tmp_path, quiet=True)
-    trainer.fit(adapter, datamodule=data)
-    assert sorted(parts.maker.kept) == ["teacher"]
-    assert len({shard.parent for shard in folder.rglob("shard-*")}) == 1, "the same rows for all"
-    teacher = {parameter.data_ptr() for parameter in parts.maker.representations.parameters()}
-    assert not teacher & {parameter.data_ptr() for parameter in adapter.parameters()}
-    assert not any("vit" in key or "representations" in key for key in adapter.state_dict())
+    first: dict[Path, tuple[int, bytes]] = {}
+    for name in ("mvmr", *TAUGHT):
+        run, out = tiny(name, **changes), tmp_path / name
+        out.mkdir()
+        parts = build(run)
+        trainer, adapter, data = assemble(run, parts, out, quiet=True)
+        trainer.fit(adapter, datamodule=data)
+        assert sorted(parts.maker.kept) == ["teacher"], name
+        shards = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("shard-*")}
+        assert len({shard.parent for shard in shards}) == 1, "the same rows for all"
+        first = first or shards
+        assert shards == first, f"{name} has written them again"
+        teacher = {parameter.data_ptr() for parameter in parts.maker.representations.parameters()}
+        assert not teacher & {parameter.data_ptr() for parameter in adapter.parameters()}
+        assert not any("vit" in key or "representations" in key for key in adapter.state_dict())
+
+
+class Colours(nn.Module):
+    """Mean colours, as a module from Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.scale * functional.adaptive_avg_pool2d(images, 2)  # [B, 3, 2, 2], of which the mean is taken
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run, whose encoder has 64 features."""
+    return train(tiny("simclr", schedule__epochs=1), tmp_path_factory.mktemp("teacher") / "run", quiet=True)
+
+
+@pytest.mark.parametrize(("kind", "width"), [("module", 3), ("run", 64), ("features", 64)])
+@every_one
+def test_any_kind_of_teacher_will_do(name: str, kind: str, width: int, finished: Path, tmp_path: Path) -> None:
+    settings = {
+        "module": {"model": "python"},
+        "run": {"model": str(finished)},
+        "features": {"model": "timm:test_vit@random", "output": "features"},
+    }[kind]
+    cached = {"cache": "on", "data__cache": str(tmp_path / "cache")}
+    run = tiny(name, representations={"teacher": {"kind": "teacher", **settings}}, **cached)
+    parts = build(run, teachers={"teacher": Colours()} if kind == "module" else None)
+    assert name == "cluster_fit" or parts.method.config.width == width
+    _, _, data = assemble(run, parts, tmp_path, quiet=True)
+    data.weights = None  # no engine runs here
+    assert data.prepare is not None
+    data.prepare()
+    optimizer = torch.optim.SGD(parts.method.parameters(), lr=0.1)
+    Relabelling(run, parts, optimizer)(Step(0, 10, 5))
+    batch = parts.maker(next(iter(data.loader())))
+    assert batch.representations["teacher"].shape == (16, width)
+    assert parts.method.train().loss(batch, Step(0, 10, 5))["loss"].isfinite()
 
 
 def test_a_teacher_from_python(tmp_path: Path) -> None:

@@ -70,6 +70,12 @@ def test_the_students_loss_has_no_gradient_to_the_teacher() -> None:
     assert any(gradient.any() for name, gradient in found.items() if name.startswith("student."))
     other = without(method(), "student", "classifier")
     assert all(not gradient.any() for name, gradient in other.items() if name.startswith("student."))
+    whole, alone = gradients(method(), batch()), without(method(), "student")  # all of the method's own loss but L_S
+    of_teacher = [name for name in whole if name.startswith("teacher.")]
+    assert all(whole[name].any() for name in of_teacher if "weight" in name)
+    for name in of_teacher:
+        torch.testing.assert_close(whole[name], alone[name], rtol=1e-10, atol=1e-13)
+    assert any((whole[name] - alone[name]).abs().max() > 1e-4 for name in whole if name.startswith("student."))
 
 
 def test_gradients_of_prototypes_add_up() -> None:

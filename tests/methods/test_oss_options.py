@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,17 @@ import torch
 from pydantic import ValidationError
 from torch.nn.functional import normalize
 
-from mvmr.engine.train import train
+from mvmr.config import Run, load
+from mvmr.engine.module import Adapter
+from mvmr.engine.train import build, train
 from mvmr.errors import UserError
-from mvmr.methods.oss import OSS, OSSConfig
+from mvmr.methods.oss import OSS, SCHEMES, OSSConfig
 from mvmr.methods.swav import SwAV
+from mvmr.nets.encoders import build_encoder
 from mvmr.nets.weights import load_encoder
 from mvmr.types import Batch, Step
 from small_oss import SMALL, TEACHER, B, V, batch, codes_by_hand, gradients, method, of, of_network, step
-from tiny import METHODS, tiny
+from tiny import METHODS, parts_and_data, tiny
 
 
 def test_dropout_is_a_function_of_image_and_seed() -> None:
@@ -34,8 +38,6 @@ def swav_checkpoint(folder: Path, *, released: bool) -> tuple[Path, SwAV]:
     """What a run of swav with that teacher's network leaves, or the same as SwAV's authors publish it."""
     torch.manual_seed(3)
     run = tiny("swav", encoder=TEACHER, method={"name": "swav", "hidden": 11, "dim": 6, "prototypes": 9, "queue": 8})
-    from mvmr.nets.encoders import build_encoder
-
     swav = SwAV(*build_encoder(run.encoder), run.method)
     state = swav.state_dict()
     if released:
@@ -90,6 +92,10 @@ def test_offline_scheme_says_what_does_not_fit(tmp_path: Path) -> None:
         method(scheme="off_kd_drop", teacher_weights=str(tmp_path / "other.pt"))
     with pytest.raises(UserError, match="no such file"):
         method(scheme="off_kd_drop", teacher_weights=str(tmp_path / "none.ckpt"))
+    with pytest.raises(
+        UserError, match=r"method\.teacher_weights=.*holds the encoder alone.*give the folder of the run"
+    ):
+        method(scheme="off_kd_drop", teacher_weights=str(tmp_path / "teacher.safetensors"))
     for wrong in ({"scheme": "off_kd_drop"}, {"teacher_weights": str(path)}):
         with pytest.raises(ValidationError, match=r"goes with method\.scheme=off_kd_drop"):
             OSSConfig.model_validate(wrong)
@@ -179,7 +185,125 @@ def test_student_and_teacher_are_both_saved(tmp_path: Path) -> None:
             assert torch.equal(value, state[f"method.{name}.encoder.{key}"]), key
 
 
-@pytest.mark.parametrize("name", ["mobilenetv2_100", "regnety_006", "efficientnet_b0"])
+class Stopped(Exception):
+    """What a run dies of here."""
+
+
+def test_offline_scheme_learns_from_a_run_and_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_swav = tiny("swav", schedule__epochs=1)
+    folder = train(of_swav, tmp_path / "swav", quiet=True)
+    settings = {
+        **METHODS["oss"]["method"], "scheme": "off_kd_drop", "teacher_weights": str(folder),
+        "teacher": of_swav.encoder.model_dump(), "teacher_hidden": of_swav.method.hidden,
+    }  # fmt: skip
+    run = tiny("oss", method=settings, engine__checkpoint_every_steps=2)
+    whole = train(run, tmp_path / "whole", quiet=True)
+    step = Adapter.training_step
+
+    def stop(self: Adapter, *arguments: Any) -> Any:
+        if self.global_step == 9:
+            raise Stopped
+        return step(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Adapter, "training_step", stop)
+        with pytest.raises(Stopped):
+            train(run, tmp_path / "stopped", quiet=True)
+    stopped = train(run, tmp_path / "stopped", resume=True, quiet=True)
+    expected, found, teacher = (
+        torch.load(out / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for out in (whole, stopped, folder)
+    )
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+    losses = [
+        [json.loads(line)["train/loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+        for out in (whole, stopped)
+    ]
+    assert len(losses[0]) == 12
+    assert losses[0] == losses[1]
+    assert (whole / "encoder.safetensors").read_bytes() == (stopped / "encoder.safetensors").read_bytes()
+    assert not (whole / "teacher.safetensors").exists(), "it is the run's that it is from"
+    for key in teacher:  # nothing of the teacher has moved, running statistics included
+        part = key.removeprefix("method.")
+        if part.startswith(("encoder.", "projector.")):
+            assert torch.equal(expected[f"method.coder.{part}"], teacher[key]), key
+    assert any(not torch.equal(expected[f"method.student.{part}"], value) for part, value in start(run).items())
+
+
+def start(run: Run) -> dict[str, torch.Tensor]:
+    """The student's weights before the first step."""
+    return {name: value for name, value in build(run).method.student.state_dict().items() if "weight" in name}
+
+
+STUDENTS = {"mobilenetv2_100": 1280, "regnety_006": 608, "efficientnet_b0": 1280}
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_the_papers_students_are_two_overrides_of_the_recipe(name: str) -> None:
+    of_timm = f"encoder.name=timm:{name}"
+    with pytest.raises(
+        UserError, match=r"ResNets only: set it back to encoder\.zero_init_residual=true, or take one of"
+    ):
+        load("oss_imagenet", [of_timm])
+    run = load("oss_imagenet", [of_timm, "encoder.zero_init_residual=true"])
+    net, dim = build_encoder(run.encoder)
+    assert dim == STUDENTS[name]
+    assert net.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, dim)
+
+
+TEACHERS: dict[tuple[str, ...], tuple[int, int]] = {
+    ("method.teacher.name=resnet34",): (512, 2048),
+    (): (2048, 2048),
+    ("method.teacher.width=2", "method.teacher_hidden=8192"): (4096, 8192),
+}
+
+
+@pytest.mark.parametrize("overrides", TEACHERS)
+def test_the_papers_teachers_are_overrides_of_the_recipe(overrides: tuple[str, ...]) -> None:
+    """Figure 3; without storage, as shapes are all that is looked at."""
+    dim, hidden = TEACHERS[overrides]
+    run = load("oss_imagenet", overrides)
+    with torch.device("meta"):
+        oss = OSS(*build_encoder(run.encoder), run.method)
+        views = {"global": torch.zeros(2, 2, 3, 64, 64), "local": torch.zeros(6, 2, 3, 32, 32)}
+        features = oss.teacher([views["global"], views["local"]])
+    assert features.shape == (8, 2, dim) == (8, 2, oss.teacher.dim)
+    assert [tuple(layer.weight.shape) for layer in list(oss.teacher.projector)[::3]] == [(hidden, dim), (128, hidden)]
+    assert [tuple(layer.weight.shape) for layer in list(oss.student.projector)[::3]] == [(2048, 512), (128, 2048)]
+    assert oss.teacher.project(features).shape == (2, 8, 128)
+
+
+def test_a_teacher_that_cannot_take_the_views_is_refused_as_a_student_is() -> None:
+    def of(teacher: dict[str, Any]) -> Run:
+        return tiny("oss", method={**METHODS["oss"]["method"], "teacher": teacher})
+
+    vit = {"name": "timm:vit_tiny_patch16_224", "patch_size": 4}
+    for given in (vit, {**vit, "image_size": 32}):
+        with pytest.raises(
+            UserError, match=r"^method\.teacher\.name=.* the run's, of 16 .* method\.teacher\.image_size=16"
+        ):
+            build(of(given))
+    with pytest.raises(
+        UserError, match=r"^method\.teacher\.name=.* views of 8 pixels: set method\.teacher\.any_size=true"
+    ):
+        build(of({**vit, "image_size": 16}))
+    with pytest.raises(UserError, match=r"^method\.teacher\.patch_size=4: timm's resnet10t"):
+        build(of({"name": "timm:resnet10t", "patch_size": 4}))
+    with pytest.raises(
+        UserError,
+        match=r"method\.teacher\.stem is set with method\.teacher\.name=timm:resnet10t, .*\.stem=imagenet, or",
+    ):
+        of({"name": "timm:resnet10t", "stem": "mvmr"})
+    parts, data = parts_and_data(of({**vit, "image_size": 16, "any_size": True}))
+    assert "sides" not in parts.method.config.model_dump()
+    batch = parts.maker(next(iter(data.loader())))
+    assert parts.method.train().loss(batch, Step(0, 10, 5))["loss"].isfinite()
+
+
+@pytest.mark.parametrize("name", STUDENTS)
 def test_the_papers_students_learn(name: str) -> None:
     import timm
 
@@ -201,9 +325,17 @@ def test_settings_without_effect_are_remarked() -> None:
     assert remarks(scheme="kd", alpha=-0.5, dropout=[0.2, 0.1]) == [
         "no effect with method.scheme=kd: method.dropout, method.alpha"
     ]
-    (said,) = remarks(scheme="swav_drop", teacher=TEACHER, classifier_hidden=3, code_momentum=0.9, dropout=[0.2, 0.1])
-    assert said.endswith("method.teacher, method.code_momentum, method.classifier_hidden")
+    (said,) = remarks(scheme="swav_drop", classifier_input="raw", code_momentum=0.9, dropout=[0.2, 0.1])
+    assert said.endswith(": method.code_momentum, method.classifier_input")
     assert "offline_prototypes" in remarks(offline_prototypes="trained")[0]
+
+
+@pytest.mark.parametrize("recipe", ["oss_imagenet", "oss_cifar10", "oss_cifar10_cpu"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_scheme_of_a_shipped_recipe_is_told_nothing_that_the_user_did_not_set(recipe: str, scheme: str) -> None:
+    weights = ["method.teacher_weights=runs/swav"] if scheme == "off_kd_drop" else []
+    run = load(recipe, [f"method.scheme={scheme}", *weights])
+    assert run.method.remarks(run.views.counts(), run.representations) == []
 
 
 def test_settings_out_of_range_are_refused() -> None:

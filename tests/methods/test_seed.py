@@ -74,7 +74,7 @@ def test_a_student_that_is_the_teacher_has_no_divergence() -> None:
 
 
 def test_teacher_is_enqueued_after_the_step_and_once() -> None:
-    method, batch = seed(), batch_of()
+    method = seed()
     start = method.queue.keys.clone()
     for number in (1, 2):
         method.loss(batch_of(number=number), STEP)
@@ -83,9 +83,10 @@ def test_teacher_is_enqueued_after_the_step_and_once() -> None:
     expected = [functional.normalize(batch_of(number=number).representations["teacher"], dim=1) for number in (1, 2)]
     torch.testing.assert_close(method.queue.keys[:16], torch.cat(expected))
     assert torch.equal(method.queue.keys[16:], start[16:])
+    filled = method.queue.keys.clone()
     method.after_step(STEP)
     assert int(method.queue.pointer) == 16
-    assert batch.index.shape == (8,)
+    assert torch.equal(method.queue.keys, filled), "each batch once"
 
 
 def test_teacher_is_named_in_the_settings() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.strategies import DDPStrategy
 
 from mvmr import __version__
-from mvmr.config import OnlineConfig, Run, load
+from mvmr.config import EngineConfig, OnlineConfig, Run, load
 from mvmr.data.batches import BatchMaker
 from mvmr.data.datasets import DATASETS
 from mvmr.data.files import write_unreadable
@@ -37,7 +38,7 @@ from mvmr.nets.encoders import build_encoder
 from mvmr.nets.weights import ENCODER_FILE, EncoderCard, save_encoder
 from mvmr.representations import build_representations
 from mvmr.representations.cache import CacheRequest, cache_representations
-from mvmr.representations.widths import widths_in_batches
+from mvmr.representations.widths import width_in_batches
 
 CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
 # What changes where a run is computed or how it is watched, not what it learns: a resumed run may change it.
@@ -113,8 +114,9 @@ def build(run: Run, *, progress: Progress | None = None, teachers: Mapping[str, 
     with torch.random.fork_rng():
         torch.manual_seed(run.seed)
         encoder, dim = build_encoder(run.encoder, side=run.views.size, local_sides=run.views.sides())
-        widths = partial(widths_in_batches, representations, run.cache, size=run.views.size)
-        method = METHODS[run.method.name](encoder, dim, run.method.fitted(widths))
+        width = partial(width_in_batches, representations, run.cache, size=run.views.size, device=_device(run.engine))
+        config = run.method.fitted(width, (run.views.size, *run.views.sides()))
+        method = METHODS[run.method.name](encoder, dim, config)
         method.prepare(len(source))
     card = EncoderCard(
         encoder=run.encoder, dim=dim, image_size=run.views.size, mean=mean, std=std,
@@ -177,7 +179,7 @@ def trainer_of(run: Run, callbacks: list[Callback]) -> Trainer:
     """Lightning's trainer for the run's engine section."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     engine = run.engine
-    gpu = torch.cuda.is_available() and engine.accelerator in ("auto", "gpu")
+    gpu = _device(engine).type == "cuda"
     devices = engine.devices if engine.devices != "auto" else (torch.cuda.device_count() if gpu else 1)
     if engine.accelerator == "gpu" and not gpu:
         raise UserError("engine.accelerator is gpu, but no CUDA GPU is visible; use engine.accelerator=cpu or auto")
@@ -192,6 +194,14 @@ def trainer_of(run: Run, callbacks: list[Callback]) -> Trainer:
         use_distributed_sampler=False, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=callbacks, num_sanity_val_steps=0,
     )  # fmt: skip
+
+
+def _device(engine: EngineConfig) -> torch.device:
+    """Where this process will compute, known before there is a trainer that says so."""
+    if torch.cuda.is_available() and engine.accelerator in ("auto", "gpu"):
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    mps = engine.accelerator in ("auto", "mps") and torch.backends.mps.is_available()
+    return torch.device("mps" if mps else "cpu")
 
 
 def _precision(wanted: str, *, gpu: bool) -> str:
@@ -279,4 +289,5 @@ NOISE = (
     ".*ModelCheckpoint.*",
     ".*num_training_batches.*smaller than the logging interval.*",
     ".*Checkpoint directory.*",
+    ".*in eval mode at the start of training.*",  # frozen teachers
 )

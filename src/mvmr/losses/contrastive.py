@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mvmr.ops.precision import at_least_float32
+from mvmr.ops.unit import unit
 
 
 def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
@@ -22,7 +22,7 @@ def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float) -> tuple[Tensor, Tens
     if z1.shape[0] != z2.shape[0]:
         raise ValueError(f"nt_xent pairs rows, but there are {z1.shape[0]} and {z2.shape[0]}")
     with torch.autocast(z1.device.type, enabled=False):
-        z = F.normalize(at_least_float32(torch.cat([z1, z2])), dim=1)  # [2 B, D]
+        z = unit(torch.cat([z1, z2]))  # [2 B, D]
         itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
         logits = (z @ z.T / temperature).masked_fill(itself, -torch.inf)  # [2 B, 2 B]
         partner = torch.arange(len(z), device=z.device).roll(len(z1))  # [2 B]
@@ -44,7 +44,7 @@ def in_batch_info_nce(queries: Tensor, keys: Tensor, *, temperature: float, offs
     if not 0 <= offset <= len(keys) - len(queries):
         raise ValueError(f"{len(queries)} queries from offset {offset} on need more than {len(keys)} keys")
     with torch.autocast(queries.device.type, enabled=False):
-        q, k = (F.normalize(at_least_float32(x), dim=1) for x in (queries, keys))
+        q, k = (unit(x) for x in (queries, keys))
         logits = q @ k.T / temperature  # [B, N]
         own = torch.arange(offset, offset + len(q), device=q.device)  # [B]
         return 2 * temperature * F.cross_entropy(logits, own), _accuracy(logits, own)

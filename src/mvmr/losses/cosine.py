@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from mvmr.ops.precision import at_least_float32
+from mvmr.ops.unit import unit
 
 
 def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
@@ -36,11 +35,11 @@ def normalised_std(z: Tensor) -> Tensor:
     4.1). The deviation is the biased one, so that the bound holds for every B.
     """
     with torch.autocast(z.device.type, enabled=False):
-        return normalize(at_least_float32(z), dim=1).std(0, correction=0).mean()
+        return unit(z).std(0, correction=0).mean()
 
 
 def _normalised_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if a.shape != b.shape or a.dim() != 2:
         raise ValueError(f"two [B, D] embeddings are compared, not {tuple(a.shape)} and {tuple(b.shape)}")
     with torch.autocast(a.device.type, enabled=False):
-        return normalize(at_least_float32(a), dim=1), normalize(at_least_float32(b), dim=1)
+        return unit(a), unit(b)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, NamedTuple, final
 
 from pydantic import Field
@@ -47,8 +47,11 @@ class MethodConfig(Section):
     def check_representations(self, names: Collection[str]) -> None:
         """Raise ValueError where these settings do not fit the run's representations."""
 
-    def fitted(self, widths: Callable[[], Mapping[str, int]]) -> MethodConfig:
-        """These settings for a run whose representations have these widths, {name: F}, which are measured if called."""
+    def fitted(self, width: Callable[[str], int], sides: Sequence[int] = ()) -> MethodConfig:
+        """These settings for a run: width(name) measures the F of one of its representations, [B, F] in a batch.
+
+        sides: in pixels, of the plain image and then of the views.
+        """
         return self
 
     def remarks(self, counts: Mapping[str, int], representations: Collection[str]) -> list[str]:
@@ -91,11 +94,11 @@ class DistillationConfig(MethodConfig):
                 f"representations.{self.teacher} (`kind: teacher` and a `model`), or set method.teacher to another name"
             )
 
-    def fitted(self, widths: Callable[[], Mapping[str, int]]) -> DistillationConfig:
-        width = widths()[self.teacher]
-        if self.teacher_width not in (None, width):
-            raise UserError(f"method.teacher_width={self.teacher_width}: the teacher's is {width}; leave it out")
-        return self.model_copy(update={"teacher_width": width})
+    def fitted(self, width: Callable[[str], int], sides: Sequence[int] = ()) -> DistillationConfig:
+        found = width(self.teacher)
+        if self.teacher_width not in (None, found):
+            raise UserError(f"method.teacher_width={self.teacher_width}: the teacher's is {found}; leave it out")
+        return self.model_copy(update={"teacher_width": found})
 
     def remarks(self, counts: Mapping[str, int], representations: Collection[str]) -> list[str]:
         others = [name for name in representations if name != self.teacher]
@@ -106,7 +109,7 @@ class DistillationConfig(MethodConfig):
     def width(self) -> int:
         """F. Raises ValueError before `fitted` has been called."""
         if self.teacher_width is None:
-            raise ValueError(f"{self.name} needs the width of its teacher: build it with config.fitted(widths)")
+            raise ValueError(f"{self.name} needs the width of its teacher: build it with config.fitted(width)")
         return self.teacher_width
 
 
@@ -144,7 +147,8 @@ class Method(nn.Module, ABC):
     def embed(self, batch: Batch) -> dict[str, Tensor]:
         """The networks' work, image by image: may be run in chunks, so nothing is gathered here.
 
-        The exception is MoCo, whose shuffle of the batch over devices belongs to its networks' work: not for chunks.
+        Two methods are exceptions, and not for chunks: MoCo, whose shuffle of the batch over devices belongs to its
+        networks' work, and OSS, which broadcasts the key of its dropout, another one at each call.
         """
 
     @abstractmethod

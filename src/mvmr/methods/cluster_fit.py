@@ -5,7 +5,7 @@ learning via knowledge transfer", CVPR 2018. Sections are those of the first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -20,7 +20,7 @@ from mvmr.ops.kmeans import drawn_rows, kmeans
 from mvmr.ops.labels import of_all_ranks
 from mvmr.ops.precision import at_least_float32
 from mvmr.ops.random import permutation
-from mvmr.types import Batch, FeaturePass, Step
+from mvmr.types import Batch, FeaturePass, Step, UserError
 
 
 class ClusterFitConfig(DistillationConfig):
@@ -29,11 +29,14 @@ class ClusterFitConfig(DistillationConfig):
     name: Literal["cluster_fit"] = "cluster_fit"
     """The method's key."""
     clusters: int = Field(16000, ge=2)
-    """K, clusters of the teacher's embeddings (Section 3; released code: 16000; CompRess's script for CC: 2000)."""
+    """K, clusters of the teacher's embeddings (Section 3; released code, and CompRess's script for CC)."""
     iterations: int = Field(50, ge=1)
-    """Moves of k-means' centroids, at most (CompRess's script: 20)."""
+    """Moves of k-means' centroids, at most (CompRess's code for CC: 20)."""
     normalise: bool = False
-    """True brings the embeddings to norm 1 before they are clustered."""
+    """True brings the embeddings to norm 1 before they are clustered (CompRess's code for CC)."""
+
+    def fitted(self, width: Callable[[str], int], sides: Sequence[int] = ()) -> ClusterFitConfig:
+        return self  # no layer has the teacher's width, so the teacher is not asked for it
 
 
 class ClusterFit(Method):
@@ -55,6 +58,11 @@ class ClusterFit(Method):
 
     def prepare(self, images: int) -> None:
         """Labels [N]; random ones of equal shares until the first step clusters the embeddings."""
+        if images < self.config.clusters:
+            raise UserError(
+                f"method.clusters is {self.config.clusters}, but there are {images} images of data to cluster: take "
+                "fewer, so that a cluster has a hundred images or so, or raise data.limit if it is set"
+            )
         self.register_buffer("labels", permutation(self._seed, 0, images).remainder(self.config.clusters))
 
     def exported(self) -> nn.Module:

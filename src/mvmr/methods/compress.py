@@ -4,20 +4,20 @@ NeurIPS 2020. Sections are numbered as there.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mvmr.losses.self_distillation import entropy
 from mvmr.losses.similarity_distillation import anchor_logits, distribution_divergence
 from mvmr.methods.base import DistillationConfig, Method
 from mvmr.ops.collectives import gather
 from mvmr.ops.ema import follow, follower
-from mvmr.ops.precision import at_least_float32
 from mvmr.ops.queue import Queue
+from mvmr.ops.unit import unit
 from mvmr.types import Batch, Step
 
 
@@ -34,6 +34,11 @@ class CompRessConfig(DistillationConfig):
     """tau of both softmaxes (Section 4)."""
     momentum: float | None = Field(0.999, ge=0, le=1)
     """What the network that fills the student's queue keeps of itself at a step; null: the student fills it (2q)."""
+
+    def remarks(self, counts: Mapping[str, int], representations: Collection[str]) -> list[str]:
+        idle = self.queues == 1 and self.momentum != type(self).model_fields["momentum"].default
+        said = ["no effect with method.queues=1: method.momentum"] if idle else []
+        return super().remarks(counts, representations) + said
 
 
 class CompRess(Method):
@@ -62,15 +67,15 @@ class CompRess(Method):
 
     def embed(self, batch: Batch) -> dict[str, Tensor]:
         view = batch.views["global"][0]  # [B, C, H, W]
-        student = _unit(self.head(self.encoder(view)))  # [B, D], or [B, F] with one queue
+        student = unit(self.head(self.encoder(view)))  # [B, D], or [B, F] with one queue
         if self.key_encoder is None:
             return {"student": student, "key": student.detach()}
         with torch.no_grad():
-            return {"student": student, "key": _unit(self.key_encoder(view))}
+            return {"student": student, "key": unit(self.key_encoder(view))}
 
     def objective(self, embeddings: dict[str, Tensor], batch: Batch, step: Step) -> dict[str, Tensor]:
         c = self.config
-        s, t = embeddings["student"], _unit(batch.representations[c.teacher])  # [B, D], [B, F]
+        s, t = embeddings["student"], unit(batch.representations[c.teacher])  # [B, D], [B, F]
         anchors = self.teacher_queue if self.student_queue is None else self.student_queue
         teacher = anchor_logits(t, self.teacher_queue.keys, temperature=c.temperature)  # [B, K]
         student = anchor_logits(s, anchors.keys, temperature=c.temperature)  # [B, K]
@@ -90,7 +95,3 @@ class CompRess(Method):
         self._pending.clear()
         if self.key_encoder is not None and self.config.momentum is not None:
             follow(self.key_encoder, self.encoder, self.config.momentum)
-
-
-def _unit(x: Tensor) -> Tensor:
-    return functional.normalize(at_least_float32(x), dim=1)

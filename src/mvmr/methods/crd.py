@@ -14,8 +14,8 @@ from torch.nn import functional
 from mvmr.losses.noise_contrastive import bank_logits, noise_contrastive, partition_estimate
 from mvmr.methods.base import DistillationConfig, Method
 from mvmr.ops.collectives import all_reduce_sum, gather, world_size
-from mvmr.ops.precision import at_least_float32
 from mvmr.ops.random import uniform
+from mvmr.ops.unit import unit
 from mvmr.types import Batch, Step
 
 NEGATIVES_STREAM = 0xFFFFFFFC
@@ -68,7 +68,7 @@ class CRD(Method):
     def embed(self, batch: Batch) -> dict[str, Tensor]:
         student = self.student_head(self.encoder(batch.views["global"][0]))
         teacher = self.teacher_head(batch.representations[self.config.teacher])
-        return {"student": _unit(student), "teacher": _unit(teacher)}  # [B, D] each
+        return {"student": unit(student), "teacher": unit(teacher)}  # [B, D] each
 
     def objective(self, embeddings: dict[str, Tensor], batch: Batch, step: Step) -> dict[str, Tensor]:
         s, t, tau = embeddings["student"], embeddings["teacher"], self.config.temperature
@@ -102,7 +102,3 @@ class CRD(Method):
                 memory.index_copy_(0, index, functional.normalize(row, dim=1))
             self.partitions.copy_(torch.where(self.partitions > 0, self.partitions, z))
         self._pending.clear()
-
-
-def _unit(x: Tensor) -> Tensor:
-    return functional.normalize(at_least_float32(x), dim=1)

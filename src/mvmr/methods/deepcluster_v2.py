@@ -21,8 +21,8 @@ from mvmr.ops.kmeans import drawn_rows, kmeans
 from mvmr.ops.labels import normalised_mutual_information, of_all_ranks
 from mvmr.ops.layers import mlp
 from mvmr.ops.modes import seeded
-from mvmr.ops.precision import at_least_float32
 from mvmr.ops.random import step_seed
+from mvmr.ops.unit import unit
 from mvmr.types import Batch, FeaturePass, Step, UserError
 
 BANKS = 2
@@ -148,7 +148,7 @@ class DeepClusterV2(Method):
         self.nmi.fill_(sum(agreement) / len(agreement) if step.step else 0.0)
 
     def _projected(self, h: Tensor) -> Tensor:
-        return functional.normalize(at_least_float32(self.projector(h)), dim=1)
+        return unit(self.projector(h))
 
     def _prototypes(self) -> list[Tensor]:
         return [self.get_buffer(f"prototypes{head}") for head in range(len(self.config.prototypes))]

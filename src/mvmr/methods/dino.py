@@ -10,7 +10,6 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mvmr.losses.self_distillation import entropy, self_distillation, sharpened
 from mvmr.methods.base import Method, MethodConfig
@@ -20,6 +19,7 @@ from mvmr.ops.ema import follow, follower
 from mvmr.ops.layers import mlp
 from mvmr.ops.precision import at_least_float32
 from mvmr.ops.schedules import cosine, linear
+from mvmr.ops.unit import unit
 from mvmr.types import Batch, Step
 
 
@@ -137,7 +137,7 @@ class Head(nn.Module):
         self.prototypes = Prototypes(config.bottleneck, config.prototypes, trainable_gain=not config.norm_last_layer)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.prototypes(functional.normalize(at_least_float32(self.mlp(features)), dim=1))
+        return self.prototypes(unit(self.mlp(features)))
 
 
 def _scores(encoder: nn.Module, head: nn.Module, streams: list[Tensor]) -> Tensor:

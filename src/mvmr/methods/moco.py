@@ -10,7 +10,6 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mvmr.losses.cosine import normalised_std
 from mvmr.losses.info_nce import info_nce, queue_logits, top1
@@ -18,10 +17,10 @@ from mvmr.methods.base import Method, MethodConfig
 from mvmr.ops.collectives import gather, world_size
 from mvmr.ops.ema import follow, follower
 from mvmr.ops.layers import mlp
-from mvmr.ops.precision import at_least_float32
 from mvmr.ops.queue import Queue
 from mvmr.ops.schedules import cosine
 from mvmr.ops.split_norm import SplitBatchNorm, shuffled, split_batch_norm, unshuffled
+from mvmr.ops.unit import unit
 from mvmr.types import Batch, Step, UserError
 
 
@@ -89,7 +88,7 @@ class MoCo(Method):
         self._check_groups(len(first))
         directions = [(first, second), (second, first)] if self.config.symmetric else [(first, second)]
         return {
-            "query": torch.stack([_unit(self.head(self.encoder(view))) for view, _ in directions]),  # [V, B, D]
+            "query": torch.stack([unit(self.head(self.encoder(view))) for view, _ in directions]),  # [V, B, D]
             "key": torch.stack([self._keys(view) for _, view in directions]),  # [V, B, D]
         }
 
@@ -97,10 +96,10 @@ class MoCo(Method):
     def _keys(self, images: Tensor) -> Tensor:
         """The keys of this rank's images, [b, C, H, W] -> [b, D], with Section 3.3's shuffle (two collectives)."""
         if not self._in_groups:
-            return _unit(self.key_head(self.key_encoder(images)))
+            return unit(self.key_head(self.key_encoder(images)))
         # An image meets others in batch norm than its query does: shared statistics would give the pair away.
         images, order = shuffled(images)
-        return unshuffled(_unit(self.key_head(self.key_encoder(images))), order)
+        return unshuffled(unit(self.key_head(self.key_encoder(images))), order)
 
     def objective(self, embeddings: dict[str, Tensor], batch: Batch, step: Step) -> dict[str, Tensor]:
         queries, keys = embeddings["query"], embeddings["key"]  # [V, B, D]
@@ -134,7 +133,3 @@ class MoCo(Method):
                 "or 1 for batch norm over the whole batch"
             )
         self.config.check_batch(images * ranks)
-
-
-def _unit(x: Tensor) -> Tensor:
-    return functional.normalize(at_least_float32(x), dim=1)

@@ -7,7 +7,7 @@ guess is a setting.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from mvmr.methods.base import Exported, Method, MethodConfig
 from mvmr.nets.cluster_teacher import load_cluster_teacher
 from mvmr.nets.codes import ClusterPrototypes, CodeMaker
 from mvmr.nets.dropout_head import Branch
-from mvmr.nets.encoders import EncoderConfig, build_encoder
+from mvmr.nets.encoders import EncoderConfig, build_encoder, named_in
 from mvmr.ops.collectives import gather
 from mvmr.ops.dropout import dropout_key
 from mvmr.ops.ema import follow, follower
@@ -32,6 +32,7 @@ from mvmr.ops.precision import at_least_float32
 from mvmr.types import Batch, Step
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
+TEACHER = "method.teacher"
 
 
 class Scheme(NamedTuple):
@@ -62,7 +63,7 @@ class OSSConfig(MethodConfig):
     scheme: Literal["kd_drop_adv", "kd_drop", "kd", "off_kd_drop", "swav", "swav_drop"] = "kd_drop_adv"
     """A row of Table 6: with or without a teacher (online, or frozen in off_kd_drop), dropout and feature classifier.
     The last two are SwAV's own training of the student alone."""
-    teacher: EncoderConfig = EncoderConfig(name="resnet50")
+    teacher: Annotated[EncoderConfig, named_in(TEACHER)] = EncoderConfig(name="resnet50")
     """The teacher's network (Section 4): a ResNet-34, a ResNet-50, or one of width 2 (Section 5.1)."""
     teacher_weights: str | None = None
     """off_kd_drop: where the frozen teacher is from: a run folder of swav or oss, or a checkpoint of SwAV's authors."""
@@ -114,6 +115,9 @@ class OSSConfig(MethodConfig):
     """mean: L_T, L_S and L_D of Eq. 1 are each divided by their number of terms, which gives the three one weight;
     paper_sum: sums as printed. Of both, the mean over images."""
 
+    sides: tuple[int, ...] = Field((), exclude=True)
+    """Of plain images and views, in pixels: found out when a run is built, and not written down."""
+
     @model_validator(mode="after")
     def _consistent(self) -> OSSConfig:
         if (self.scheme == "off_kd_drop") != (self.teacher_weights is not None):
@@ -123,17 +127,20 @@ class OSSConfig(MethodConfig):
             )
         return self
 
+    def fitted(self, width: Callable[[str], int], sides: Sequence[int] = ()) -> OSSConfig:
+        return self.model_copy(update={"sides": tuple(sides)})  # which the teacher has to take, too
+
     def remarks(self, counts: Mapping[str, int], representations: Collection[str]) -> list[str]:
         scheme = SCHEMES[self.scheme]
         online = {"code_momentum", "student_prototype_gradient"}
         unused = {"offline_prototypes"} if scheme.teacher == "online" else online
+        # What a network is like that a scheme does without is no mistake: a recipe says it for all schemes.
         if scheme.teacher == "none":
-            unused |= {"teacher", "teacher_hidden", "offline_prototypes"}
+            unused |= {"offline_prototypes"}
         if not scheme.dropout:
             unused |= {"dropout", "dropout_after", "dropout_tracks_statistics"}
         if not scheme.adversarial:
-            unused |= {"alpha", "alpha_ramp", "adversarial_teacher"}
-            unused |= {"classifier_hidden", "classifier_batch_norm", "classifier_input"}
+            unused |= {"alpha", "alpha_ramp", "adversarial_teacher", "classifier_batch_norm", "classifier_input"}
         changed = [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
         idle = ", ".join(f"method.{name}" for name in changed if name in unused)
         remarks = [f"no effect with method.scheme={self.scheme}: {idle}"] if idle else []
@@ -177,7 +184,9 @@ class OSS(Method):
 
     def _add_teacher(self) -> None:
         c = self.config
-        teacher = self._branch(*build_encoder(c.teacher), c.teacher_hidden, number=1)
+        side = c.sides[0] if c.sides else None
+        built = build_encoder(c.teacher, side=side, local_sides=c.sides[1:], section=TEACHER)
+        teacher = self._branch(*built, c.teacher_hidden, number=1)
         if self.scheme.teacher == "online":
             self.teacher = teacher
             self.coder = None if c.code_momentum is None else follower(teacher)
@@ -186,7 +195,8 @@ class OSS(Method):
         assert c.teacher_weights is not None
         load_cluster_teacher(c.teacher_weights, parts, key="method.teacher_weights")
         self.prototypes.renormalise()  # the authors' files have them as the last step left them
-        self.coder, self.coder_prototypes = teacher.requires_grad_(False), follower(self.prototypes)
+        # In eval mode from the start: an engine may never call `train`, which is how modules are made.
+        self.coder, self.coder_prototypes = teacher.requires_grad_(False).eval(), follower(self.prototypes)
         self.prototypes.requires_grad_(c.offline_prototypes == "trained")
 
     def exported(self) -> nn.Module:
@@ -231,8 +241,8 @@ class OSS(Method):
             pairs = embeddings if self.config.classifier_input == "raw" else unit
             parts["classifier"], terms["classifier/accuracy"] = self._adversarial(pairs, step)  # L_D
         loss = torch.stack(list(parts.values())).sum()  # Eq. 1
-        student = self.prototypes(unit["student"]).detach()
-        terms |= code_terms(student, codes, self.config.temperature)
+        with torch.no_grad():
+            terms |= code_terms(self.prototypes(unit["student"][:, :2]), codes, self.config.temperature)
         return {"loss": loss, **{f"loss/{name}": part.detach() for name, part in parts.items()}, **terms}
 
     def _cluster_loss(self, name: str, unit: Mapping[str, Tensor], codes: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mvmr.losses.info_nce import queue_logits, top1
 from mvmr.losses.self_distillation import entropy
@@ -16,8 +15,8 @@ from mvmr.losses.similarity_distillation import soft_cross_entropy
 from mvmr.methods.base import DistillationConfig, Method
 from mvmr.ops.collectives import gather
 from mvmr.ops.layers import mlp
-from mvmr.ops.precision import at_least_float32
 from mvmr.ops.queue import Queue
+from mvmr.ops.unit import unit
 from mvmr.types import Batch, Step
 
 
@@ -61,7 +60,7 @@ class SEED(Method):
 
     def objective(self, embeddings: dict[str, Tensor], batch: Batch, step: Step) -> dict[str, Tensor]:
         c = self.config
-        s, t = _unit(embeddings["student"]), _unit(batch.representations[c.teacher])  # [B, F]
+        s, t = unit(embeddings["student"]), unit(batch.representations[c.teacher])  # [B, F]
         # The teacher's own embedding of the image comes before the queue's: the student is to be near it too.
         student = queue_logits(s, t, self.queue.keys, temperature=c.student_temperature)  # [B, 1 + K]
         teacher = queue_logits(t, t, self.queue.keys, temperature=c.teacher_temperature)
@@ -76,7 +75,3 @@ class SEED(Method):
         for embeddings in self._pending:
             self.queue.push(embeddings)
         self._pending.clear()
-
-
-def _unit(x: Tensor) -> Tensor:
-    return functional.normalize(at_least_float32(x), dim=1)

@@ -9,7 +9,6 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mvmr.losses.cosine import normalised_std
 from mvmr.losses.swapped import code_terms, swapped_prediction
@@ -18,7 +17,7 @@ from mvmr.nets.codes import ClusterPrototypes, CodeMaker
 from mvmr.nets.multicrop import encode_views
 from mvmr.ops.collectives import gather
 from mvmr.ops.layers import mlp
-from mvmr.ops.precision import at_least_float32
+from mvmr.ops.unit import unit
 from mvmr.types import Batch, Step
 
 
@@ -75,7 +74,7 @@ class SwAV(Method):
         small = [batch.views["local"]] if "local" in batch.views else []  # [V - 2, B, C, h, w]
         features = encode_views(self.encoder, [batch.views["global"][:2], *small])  # [V, B, D]
         # As in the released code: the encoder once for each size, the head once for all views.
-        z = functional.normalize(at_least_float32(self.projector(features.flatten(0, 1))), dim=1)
+        z = unit(self.projector(features.flatten(0, 1)))
         return {"z": z.unflatten(0, features.shape[:2]).transpose(0, 1)}  # [B, V, E]
 
     def objective(self, embeddings: dict[str, Tensor], batch: Batch, step: Step) -> dict[str, Tensor]:

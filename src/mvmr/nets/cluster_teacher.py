@@ -19,10 +19,15 @@ def load_cluster_teacher(path: str, parts: Mapping[str, nn.Module], *, key: str)
 
     path: the folder of a run of `swav` or of `oss` (its teacher, or its student where it has none), one of its
     checkpoints, or a checkpoint released by SwAV's authors, with a ResNet of torchvision's names. key: the setting that
-    gave the path, for messages. Raises UserError for files that do not hold such a network, and for parts of other
-    shapes.
+    gave the path, for messages. Raises UserError for files that do not hold such a network (the exported ones of a run
+    hold its encoder alone), and for parts of other shapes.
     """
     file = Path(path) / LAST_CHECKPOINT if Path(path).is_dir() else Path(path)
+    if file.suffix == ".safetensors":
+        raise UserError(
+            f"{key}={path}: is an exported file, which holds the encoder alone, and its projector and prototypes are "
+            "wanted, too: give the folder of the run that wrote it"
+        )
     tensors = _by_part(tensors_of(read_checkpoint(file)))
     missing = [part for part in parts if not any(name.startswith(f"{part}.") for name in tensors)]
     if missing:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import json
+import re
 from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 from torch import nn
 
 from mvmr.errors import UserError, nearest
@@ -69,18 +78,27 @@ class EncoderConfig(Section):
     @model_validator(mode="after")
     def _only_what_applies(self) -> EncoderConfig:
         of_timm, plain = self.name.startswith(TIMM), self.name in PLAIN
-        unused: dict[str, str] = {}
+        unused: dict[str, tuple[str, str]] = {}  # {key: (what it is for, another remedy)}
         if of_timm or plain:
-            remedy = "applies to the ResNets only: leave it out, or take one of " + ", ".join(RESNETS)
-            unused |= dict.fromkeys(("stem", "zero_init_residual", *(("width",) if of_timm else ())), remedy)
+            resnets = "the ResNets", "take one of " + ", ".join(RESNETS)
+            unused |= dict.fromkeys(("stem", "zero_init_residual", *(("width",) if of_timm else ())), resnets)
         if not plain:
-            unused["sobel"] = "applies to alexnet and vgg16 only: leave it out, or take one of these"
+            unused["sobel"] = "alexnet and vgg16", "take one of these"
         if not of_timm:
-            remedy = "applies to timm models only: leave it out, a ResNet takes images of any size"
-            unused |= dict.fromkeys(("image_size", "patch_size", "drop_path", "any_size"), remedy)
-        for key, remedy in unused.items():
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise UserError(f"encoder.{key} is set with encoder.name={self.name}, but {remedy}")
+            timms = "timm models", "take one of these (a ResNet takes images of any size)"
+            unused |= dict.fromkeys(("image_size", "patch_size", "drop_path", "any_size"), timms)
+        wrong = []
+        for key, (of, other) in unused.items():
+            default = type(self).model_fields[key].default
+            if getattr(self, key) != default:
+                # The recipe may have set it, which an override cannot take out again.
+                back = default if isinstance(default, str) else json.dumps(default)
+                wrong.append(
+                    f"encoder.{key} is set with encoder.name={self.name}, but applies to {of} only: set it back to "
+                    f"encoder.{key}={back}, or {other}"
+                )
+        if wrong:
+            raise UserError("; ".join(wrong))
         if self.patch_size and self.image_size and self.image_size % self.patch_size:
             raise UserError(
                 f"encoder.image_size={self.image_size} is no multiple of encoder.patch_size={self.patch_size}: the "
@@ -90,14 +108,40 @@ class EncoderConfig(Section):
 
 
 def build_encoder(
-    config: EncoderConfig, *, side: int | None = None, local_sides: Iterable[int] = ()
+    config: EncoderConfig, *, side: int | None = None, local_sides: Iterable[int] = (), section: str = "encoder"
 ) -> tuple[nn.Module, int]:
     """A freshly initialised encoder, normalised [B, 3, H, W] -> [B, D] float, and its D.
 
     side: of the images that it will get, where known, so that a model made for another size is refused at once;
-    local_sides: the sides of further views that it must take.
+    local_sides: the sides of further views that it must take. section: of the run's settings, where `config` stands.
     Raises UserError for a timm name that timm does not know, or settings or sizes that the model cannot take.
     """
+    try:
+        return _built(config, side, local_sides)
+    except UserError as error:
+        raise UserError(_in_section(str(error), section)) from error.__cause__
+
+
+def named_in(section: str) -> WrapValidator:
+    """For settings of a network that stand in another section than `encoder`: mistakes are told by its keys."""
+
+    def checked(given: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return validate(given)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            if problem["loc"] or problem["type"] != "value_error":  # told by its whole key anyway
+                raise
+            raise UserError(_in_section(str(problem["ctx"]["error"]), section)) from None
+
+    return WrapValidator(checked)
+
+
+def _in_section(message: str, section: str) -> str:
+    return re.sub(r"\bencoder\.", f"{section}.", message)
+
+
+def _built(config: EncoderConfig, side: int | None, local_sides: Iterable[int]) -> tuple[nn.Module, int]:
     if config.name.startswith(TIMM):
         net, width = build_timm(config, side=side)
         for local in local_sides:

@@ -1,6 +1,8 @@
-"""How wide what a batch holds of every representation is."""
+"""How wide what a batch holds of a representation is."""
 
 from __future__ import annotations
+
+from itertools import chain
 
 import torch
 from torch import nn
@@ -10,14 +12,27 @@ from mvmr.representations.cache import CacheConfig
 
 
 @torch.no_grad()
-def widths_in_batches(representations: nn.ModuleDict, config: CacheConfig, *, size: int) -> dict[str, int]:
-    """{name: F} of a batch's rows [B, F], found out on one black image of `size` pixels; the cache may narrow them."""
-    image, first = torch.zeros(1, 3, size, size), torch.zeros(1, dtype=torch.int64)
-    widths = {}
-    for name, representation in representations.items():
-        features = representation(image, first, 0).flatten(1).shape[1]
-        widths[name] = min(features, config.width) if config.width and _narrowed(representation, config) else features
-    return widths
+def width_in_batches(
+    representations: nn.ModuleDict, config: CacheConfig, name: str, *, size: int, device: torch.device
+) -> int:
+    """F of a batch's rows [B, F] of one representation, found out on one black image of `size` pixels.
+
+    The cache may narrow them. No other representation is called. device: the run's, for teachers whose own is not seen.
+    """
+    representation = representations[name]
+    image = torch.zeros(1, 3, size, size, device=_home(representation, device))
+    features = representation(image, torch.zeros(1, dtype=torch.int64), 0).flatten(1).shape[1]
+    return min(features, config.width) if config.width and _narrowed(representation, config) else features
+
+
+def _home(representation: nn.Module, device: torch.device) -> torch.device:
+    """Where an image has to be to be shown to it now, before anything is moved."""
+    kept = next(chain(representation.parameters(), representation.buffers()), None)
+    if kept is not None:
+        return kept.device
+    # What a function from Python closes over is out of sight, and has to be where the run gives it images.
+    learned = isinstance(representation, Representation) and representation.learned
+    return device if learned else torch.device("cpu")
 
 
 def _narrowed(representation: nn.Module, config: CacheConfig) -> bool:
