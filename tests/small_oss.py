@@ -6,11 +6,12 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mvmr.methods.oss import OSS, OSSConfig
 from mvmr.ops.sinkhorn import sinkhorn
 from mvmr.types import Batch, Step
+from pool import Pool
 
 TEACHER = {"name": "resnet18", "stem": "cifar", "width": 0.0625, "zero_init_residual": False}
 SMALL: dict[str, Any] = {
@@ -18,17 +19,6 @@ SMALL: dict[str, Any] = {
     "queue": 0, "classifier_hidden": 7, "freeze_prototypes_epochs": 0,
 }  # fmt: skip
 B, V = 4, 3
-
-
-class Pool(nn.Module):
-    """An encoder of any size of image."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(3, 5)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.tanh(self.layer(images.mean((2, 3))))
 
 
 def method(**settings: Any) -> OSS:

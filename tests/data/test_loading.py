@@ -7,10 +7,8 @@ import signal
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from mvmr.data.images import ArraySource, FileSource
@@ -18,23 +16,6 @@ from mvmr.data.loading import Loaded, Loader, plain_batches
 from mvmr.data.store import prepare
 from mvmr.data.view_ops import plain
 from mvmr.errors import RunError, UserError
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> FileSource:
-    """22 images of several shapes."""
-    folder = tmp_path_factory.mktemp("own")
-    generator = np.random.default_rng(0)
-    for number in range(22):
-        pixels = generator.integers(0, 256, (10 + number % 5, 12, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
-    return FileSource(folder, sorted(os.listdir(folder)), None, name="own/pretrain")
-
-
-@pytest.fixture
-def array() -> ArraySource:
-    images = torch.arange(22, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4).contiguous()
-    return ArraySource(images, None, name="digits/pretrain")
 
 
 def crops(image: Tensor, index: int, epoch: int) -> dict[str, Tensor]:

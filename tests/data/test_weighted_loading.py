@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from mvmr.config import load
@@ -16,22 +12,6 @@ from mvmr.data.images import ArraySource, FileSource
 from mvmr.data.loading import Loaded, Loader, times_before, weighted_draw
 from mvmr.data.views import ViewMaker
 from mvmr.ops.labels import uniform_over_labels
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> FileSource:
-    folder = tmp_path_factory.mktemp("own")
-    generator = np.random.default_rng(0)
-    for number in range(22):
-        pixels = generator.integers(0, 256, (10 + number % 5, 12, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
-    return FileSource(folder, sorted(os.listdir(folder)), None, name="own/pretrain")
-
-
-@pytest.fixture
-def array() -> ArraySource:
-    images = torch.arange(22, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4).contiguous()
-    return ArraySource(images, None, name="digits/pretrain")
 
 
 def pixels_of(batch: Loaded) -> Tensor:

@@ -13,7 +13,8 @@ from torch.nn.functional import normalize
 from mvmr.config import load
 from mvmr.methods.oss import OSS, SCHEMES
 from mvmr.methods.swav import SwAV, SwAVConfig
-from small_oss import B, Pool, V, batch, codes_by_hand, cross_entropy, gradients, method, of, of_network, step
+from pool import Pool
+from small_oss import B, V, batch, codes_by_hand, cross_entropy, gradients, method, of, of_network, step
 
 
 def by_hand(oss: OSS, embeddings: Mapping[str, Tensor]) -> dict[str, float]:
