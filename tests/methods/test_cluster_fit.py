@@ -70,9 +70,7 @@ def test_defaults_are_the_released_code_s() -> None:
 
 def test_more_clusters_than_images_are_refused() -> None:
     assert len(cluster_fit(clusters=IMAGES).labels.unique()) == IMAGES
-    with pytest.raises(
-        UserError, match=r"method\.clusters is 61, but there are 60 images of data to cluster: take fewer"
-    ):
+    with pytest.raises(UserError, match=r"method\.clusters is 61, but there are 60 images to cluster: take fewer"):
         cluster_fit(clusters=IMAGES + 1)
 
 

@@ -119,7 +119,7 @@ def test_heads_alternate_between_the_banks() -> None:
 
 
 def test_more_clusters_than_images_are_refused() -> None:
-    with pytest.raises(UserError, match=r"method\.prototypes asks for 61 clusters, but there are 60 images"):
+    with pytest.raises(UserError, match=r"the largest of method\.prototypes is 61, but there are 60 images"):
         method_of(prototypes=(5, 61))
 
 

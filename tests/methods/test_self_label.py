@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from mvmr.errors import UserError
 from mvmr.methods.self_label import SelfLabel, SelfLabelConfig
 from mvmr.types import Batch, Step
 from ranks import run_on_ranks
@@ -232,3 +233,9 @@ def test_labels_are_identical_on_any_number_of_ranks(ranks: int) -> None:
     for found, share in run_on_ranks(labels, ranks, ranks):
         assert torch.equal(found, expected)
         assert torch.equal(share, changed)
+
+
+def test_more_labels_than_images_are_refused() -> None:
+    method = self_label()
+    with pytest.raises(UserError, match=rf"method\.clusters is {CLUSTERS}, but there are {CLUSTERS - 1} images"):
+        method.prepare(CLUSTERS - 1)

@@ -184,3 +184,12 @@ class Method(nn.Module, ABC):
         keeps the rate at its peak. The engine takes biases and norms of every group out of weight decay.
         """
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
+
+
+def check_clusters(key: str, clusters: int, images: int) -> None:
+    """Raise UserError where the setting `key` asks for more clusters of images than there are images."""
+    if images < clusters:
+        raise UserError(
+            f"{key} is {clusters}, but there are {images} images to cluster: take fewer, so that a cluster has a "
+            "hundred images or so, or raise data.limit if it is set"
+        )

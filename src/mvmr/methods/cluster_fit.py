@@ -15,12 +15,12 @@ from torch.nn import Parameter, functional
 
 from mvmr.losses.cosine import normalised_std
 from mvmr.losses.self_distillation import entropy
-from mvmr.methods.base import DistillationConfig, Method
+from mvmr.methods.base import DistillationConfig, Method, check_clusters
 from mvmr.ops.kmeans import drawn_rows, kmeans
 from mvmr.ops.labels import of_all_ranks
 from mvmr.ops.precision import at_least_float32
 from mvmr.ops.random import permutation
-from mvmr.types import Batch, FeaturePass, Step, UserError
+from mvmr.types import Batch, FeaturePass, Step
 
 
 class ClusterFitConfig(DistillationConfig):
@@ -58,11 +58,7 @@ class ClusterFit(Method):
 
     def prepare(self, images: int) -> None:
         """Labels [N]; random ones of equal shares until the first step clusters the embeddings."""
-        if images < self.config.clusters:
-            raise UserError(
-                f"method.clusters is {self.config.clusters}, but there are {images} images of data to cluster: take "
-                "fewer, so that a cluster has a hundred images or so, or raise data.limit if it is set"
-            )
+        check_clusters("method.clusters", self.config.clusters, images)
         self.register_buffer("labels", permutation(self._seed, 0, images).remainder(self.config.clusters))
 
     def exported(self) -> nn.Module:

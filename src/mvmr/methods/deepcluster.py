@@ -14,14 +14,14 @@ from torch.nn import Parameter, functional
 
 from mvmr.losses.clustering import cluster_cross_entropy
 from mvmr.losses.cosine import normalised_std
-from mvmr.methods.base import Method, MethodConfig
+from mvmr.methods.base import Method, MethodConfig, check_clusters
 from mvmr.ops.kmeans import drawn_rows, kmeans
 from mvmr.ops.labels import normalised_mutual_information, of_all_ranks, uniform_over_labels
 from mvmr.ops.layers import redraw
 from mvmr.ops.modes import evaluating
 from mvmr.ops.random import step_seed
 from mvmr.ops.whitening import whitened_pass
-from mvmr.types import Batch, FeaturePass, Step, UserError
+from mvmr.types import Batch, FeaturePass, Step
 
 
 class DeepClusterConfig(MethodConfig):
@@ -72,11 +72,7 @@ class DeepCluster(Method):
         self._seed = 0
 
     def prepare(self, images: int) -> None:
-        if images < self.config.clusters:
-            raise UserError(
-                f"method.clusters is {self.config.clusters}, but there are {images} images to cluster: take fewer, "
-                "so that a cluster has a hundred images or so"
-            )
+        check_clusters("method.clusters", self.config.clusters, images)
         self._seed = int(torch.randint(1 << 62, ()))
         self.register_buffer("labels", torch.arange(images) % self.config.clusters)
         self.register_buffer("nmi", torch.zeros(()))

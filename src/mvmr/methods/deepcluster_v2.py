@@ -14,7 +14,7 @@ from torch.nn import Parameter, functional
 
 from mvmr.losses.clustering import prototype_cross_entropy
 from mvmr.losses.cosine import normalised_std
-from mvmr.methods.base import Method, MethodConfig
+from mvmr.methods.base import Method, MethodConfig, check_clusters
 from mvmr.nets.multicrop import encode_views
 from mvmr.ops.collectives import all_reduce_sum, gather, rank, world_size
 from mvmr.ops.kmeans import drawn_rows, kmeans
@@ -23,7 +23,7 @@ from mvmr.ops.layers import mlp
 from mvmr.ops.modes import seeded
 from mvmr.ops.random import step_seed
 from mvmr.ops.unit import unit
-from mvmr.types import Batch, FeaturePass, Step, UserError
+from mvmr.types import Batch, FeaturePass, Step
 
 BANKS = 2
 """Views of an image whose embeddings are kept and clustered."""
@@ -75,10 +75,7 @@ class DeepClusterV2(Method):
 
     def prepare(self, images: int) -> None:
         counts = self.config.prototypes
-        if images < max(counts):
-            raise UserError(
-                f"method.prototypes asks for {max(counts)} clusters, but there are {images} images: take fewer clusters"
-            )
+        check_clusters("the largest of method.prototypes", max(counts), images)
         self._seed = int(torch.randint(1 << 62, ()))
         # Prototypes are centroids, which no gradient moves.
         for head, count in enumerate(counts):

@@ -16,7 +16,7 @@ from torch.nn import Parameter, functional
 from mvmr.data.view_ops import rotate90
 from mvmr.losses.clustering import hierarchical_cross_entropy
 from mvmr.losses.cosine import normalised_std
-from mvmr.methods.base import Method, MethodConfig
+from mvmr.methods.base import Method, MethodConfig, check_clusters
 from mvmr.nets.sub_heads import SubHeads
 from mvmr.ops.kmeans import drawn_rows, kmeans
 from mvmr.ops.labels import normalised_mutual_information, of_all_ranks, uniform_over_labels
@@ -24,7 +24,7 @@ from mvmr.ops.layers import redraw
 from mvmr.ops.modes import evaluating
 from mvmr.ops.random import step_seed, uniform
 from mvmr.ops.whitening import whitened_pass
-from mvmr.types import Batch, FeaturePass, Step, UserError
+from mvmr.types import Batch, FeaturePass, Step
 
 TURNS = 4
 """Rotations by 0, 90, 180 and 270 degrees."""
@@ -94,11 +94,7 @@ class DeeperCluster(Method):
 
     def prepare(self, images: int) -> None:
         c = self.config
-        if images < c.clusters:
-            raise UserError(
-                f"method.clusters is {c.clusters}, but there are {images} images to cluster: take fewer, so that a "
-                "cluster has a hundred images or so"
-            )
+        check_clusters("method.clusters", c.clusters, images)
         self._seed = int(torch.randint(1 << 62, ()))
         number = torch.arange(images)
         self.register_buffer("supers", number % c.super_clusters)

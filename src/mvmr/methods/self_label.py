@@ -18,14 +18,14 @@ from torch.nn import Parameter, functional
 from mvmr.losses.clustering import cluster_cross_entropy
 from mvmr.losses.cosine import normalised_std
 from mvmr.losses.self_distillation import entropy
-from mvmr.methods.base import Method, MethodConfig
+from mvmr.methods.base import Method, MethodConfig, check_clusters
 from mvmr.ops.collectives import rank
 from mvmr.ops.labels import of_all_ranks
 from mvmr.ops.modes import evaluating, seeded
 from mvmr.ops.precision import at_least_float32
 from mvmr.ops.random import permutation, step_seed
 from mvmr.ops.sinkhorn import plan_labels, transport
-from mvmr.types import Batch, FeaturePass, Step, UserError
+from mvmr.types import Batch, FeaturePass, Step
 
 ROWS = 8192
 """Images whose predictions are made at a time in a label step."""
@@ -79,11 +79,7 @@ class SelfLabel(Method):
 
     def prepare(self, images: int) -> None:
         """Random labels of equal shares, [heads, N], for heads whose first label step is still to come."""
-        if images < self.config.clusters:
-            raise UserError(
-                f"method.clusters is {self.config.clusters}, but there are {images} images to share them equally: "
-                "take fewer, so that a label has a hundred images or so"
-            )
+        check_clusters("method.clusters", self.config.clusters, images)
         orders = [permutation(self._seed, head, images) for head in range(self.config.heads)]
         self.register_buffer("labels", torch.stack(orders).remainder(self.config.clusters).int())
 
