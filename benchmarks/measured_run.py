@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mvmr.types import Result
+
 
 def trained(recipe: str, settings: Sequence[str], run: Path, *, threads: int) -> dict[str, float]:
     """Trains into `run`, its output into RUN.log: minutes on the clock, minutes of processor time, peak gigabytes.
@@ -44,3 +46,8 @@ def watched(run: Path) -> dict[str, Any]:
         "rankme": last["rankme"],
         "embedding_std": last["embedding_std"],
     }
+
+
+def top1_of(results: Sequence[Result], *, random: bool = False) -> dict[str, float]:
+    """{evaluation: top-1 in percent} of the encoder that was given, or of the one with random weights."""
+    return {r.evaluation: r.metrics["top1"] for r in results if (r.encoder == "random") == random}

@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from measured_run import trained, watched
+from measured_run import top1_of, trained, watched
 
 from mvmr.api import evaluate
 from mvmr.config import load, recipe_names
@@ -43,14 +43,10 @@ def measured(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
     cost = trained(recipe, settings, run, threads=arguments.threads)
     random = known_random(recipe, arguments)
     results = evaluate(run, data="cifar10", root=arguments.root, on=PROTOCOLS, random=random is None)
-    top1 = {
-        label: {r.evaluation: r.metrics["top1"] for r in results if (r.encoder == "random") == (label == "random")}
-        for label in ("trained", "random")
-    }
-    top1["random"] = random or top1["random"]
     return {
         "method": method, "recipe": recipe, "overrides": arguments.overrides, "seed": arguments.seed,
-        "threads": arguments.threads, **cost, **watched(run), **top1, "environment": environment(),
+        "threads": arguments.threads, **cost, **watched(run), "trained": top1_of(results),
+        "random": random or top1_of(results, random=True), "environment": environment(),
     }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from measured_run import trained, watched
+from measured_run import top1_of, trained, watched
 
 from mvmr.api import evaluate
 from mvmr.engine.environment import environment
@@ -61,17 +61,14 @@ def measured(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         words.append(f"representations.teacher.model={arguments.teacher}")
     cost = trained(recipe, [*words, *arguments.overrides], run, threads=arguments.threads)
     results = evaluate(run, data="cifar10", root=arguments.root, on=PROTOCOLS, random=name == "alone")
-    top1 = {
-        label: {r.evaluation: r.metrics["top1"] for r in results if (r.encoder == "random") == (label == "random")}
-        for label in ("student", "random")
-    }
+    random = top1_of(results, random=True)
     encoder = load_encoder(run)
     return {
         "name": name, "recipe": recipe, "settings": settings, "overrides": arguments.overrides,
         "width": arguments.width, "parameters": sum(p.numel() for p in encoder.backbone.parameters()),
         "seed": arguments.seed, "threads": arguments.threads, **cost, **watched(run),
         "processor_seconds_per_epoch": 60 * cost["processor_minutes"] / arguments.epochs,
-        **{label: values for label, values in top1.items() if values}, "environment": environment(),
+        "student": top1_of(results), **({"random": random} if random else {}), "environment": environment(),
     }  # fmt: skip
 
 
@@ -82,8 +79,7 @@ def judge_teacher(arguments: argparse.Namespace) -> None:
         return
     results = evaluate(arguments.teacher, data="cifar10", root=arguments.root, on=PROTOCOLS)
     parameters = sum(p.numel() for p in load_encoder(arguments.teacher).backbone.parameters())
-    top1 = {r.evaluation: r.metrics["top1"] for r in results}
-    values = {"name": "teacher", "parameters": parameters, "student": top1, "environment": environment()}
+    values = {"name": "teacher", "parameters": parameters, "student": top1_of(results), "environment": environment()}
     record.write_text(json.dumps(values, indent=2) + "\n")
 
 
