@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +20,16 @@ from mvmr.engine.tune import Tuned
 from mvmr.engine.tune import save as save_tuned
 from mvmr.engine.tune import tune as tune_run
 from mvmr.errors import UserError
-from mvmr.evaluation import EVALUATIONS, Workplace
-from mvmr.evaluation.features import features_of
+from mvmr.evaluation import EVALUATIONS
+from mvmr.evaluation.cached_features import cached_features
+from mvmr.evaluation.session import Session
 from mvmr.nets.released import ReleasedInput
 from mvmr.nets.weights import Encoder, load_encoder, random_encoder
 from mvmr.protocols import Protocol, load_protocol
 from mvmr.types import Features, Result
+
+EncoderLike = str | Path | Encoder
+"""A run folder, an encoder.safetensors, a released checkpoint, timm:NAME, torchvision:NAME, or a loaded Encoder."""
 
 
 def train(
@@ -77,7 +79,7 @@ def default_folder(recipe: str | Path, name: str) -> Path:
 
 
 def evaluate(
-    encoder: str | Path | Encoder,
+    encoder: EncoderLike | Sequence[EncoderLike],
     *,
     data: str | None = None,
     root: str | Path | None = None,
@@ -85,63 +87,73 @@ def evaluate(
     settings: Mapping[str, Any] | None = None,
     random: bool = False,
     recipe: str | Path | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    keep_features: bool = True,
     progress: Progress | None = None,
 ) -> list[Result]:
-    """Evaluate an encoder: train on the training split, measure on the test split; the encoder stays as it is.
+    """Evaluate encoders: train on the training split, measure on the test split; the encoders stay as they are.
 
-    encoder: a run folder, an encoder.safetensors, a released checkpoint, timm:NAME, torchvision:NAME, or a loaded
-    Encoder. data: a name of DATASETS; by default the recipe's, or what the run was trained on. on: names of
-    EVALUATIONS; by default the recipe's, or knn. settings: of the evaluations, as {"knn.k": 5}. random: also evaluate
-    the same net with random weights, named "random". recipe: an evaluation recipe, a shipped one's name or a YAML file;
-    what else is given comes on top. progress: called as (what, done, total). Results of a run folder are also written
-    to its results/EVALUATION-DATA.json. Raises UserError.
+    encoder: one or several, each a run folder, an encoder.safetensors, a released checkpoint, timm:NAME,
+    torchvision:NAME, or a loaded Encoder; `mvmr.evaluation.comparison.compare` tells their results apart. data: a name
+    of DATASETS; by default the recipe's, or what the first run was trained on. on: names of EVALUATIONS; by default the
+    recipe's, or knn. settings: of the evaluations, as {"knn.k": 5}. random: also evaluate the first one's net with
+    random weights, named "random". recipe: an evaluation recipe, a shipped one's name or a YAML file; what else is
+    given comes on top. out: folder for results and trained networks, one in it for each encoder; by default a run's
+    own, and none for other encoders. resume: take finished results of the same encoder, images and settings from there.
+    keep_features: in the cache folder, where they are looked up next time. progress: called as (what, done, total).
+    Accuracies have 95 % confidence intervals beside them, NAME_low and NAME_high. Raises UserError and RunError.
     """
     protocol = load_protocol(recipe) if recipe is not None else Protocol()
     on = tuple(on) or protocol.evaluations
     _check_evaluations(on)
-    given = {**flat(protocol.settings), **flat(settings or {})}
-    configs = {name: _settings_of(name, given, folder=_folder_of(encoder)) for name in on}
-    loaded = _loaded(encoder, data or protocol.data.get("name"))
-    config = data_config(encoder, data, root, protocol.data)
-    encoders = {str(encoder) if not isinstance(encoder, Encoder) else "encoder": loaded}
+    given = [encoder] if isinstance(encoder, str | Path | Encoder) else list(encoder)
+    if not given:
+        raise UserError("there is no encoder to evaluate; give one or several")
+    wanted = {**flat(protocol.settings), **flat(settings or {})}
+    wanted = {key: value for key, value in wanted.items() if "." in key or value != {}}  # {"knn": {}} sets nothing
+    # All are opened before the first is worked on: the last one's mistake should not cost the others' time.
+    jobs = []
+    for name, one in zip(_names(given, random), given, strict=True):
+        own = _folder_of(one)
+        configs = {kind: _settings_of(kind, wanted, folder=own) for kind in on}
+        jobs.append((name, _loaded(one, data or protocol.data.get("name")), own, configs))
     if random:
-        encoders["random"] = random_encoder(loaded.card, seed=0)
-    sources = {split: open_source(config, split, size=loaded.card.image_size) for split in ("train", "test")}
-    folder, results = _folder_of(encoder), []
-    for name, net in encoders.items():
-        out = folder if name != "random" else None
-        for result in _evaluated(net, name, sources, configs, config, out, progress):
-            results.append(result)
-            if folder is not None:
-                _write_result(folder, result)
+        _, first, own, configs = jobs[0]
+        jobs.append(("random", random_encoder(first.card, seed=0), own, configs))
+    config = data_config(given[0], data, root, protocol.data)
+    results: list[Result] = []
+    sources: dict[tuple[str, int], ImageSource] = {}
+    for name, loaded, own, configs in jobs:
+        session = Session(
+            data=config, evaluations=configs, device=device(), resume=resume, keep_features=keep_features,
+            progress=progress, sources=sources,
+        )  # fmt: skip
+        if out is None:
+            results += session.results(loaded, name, own, suffix="-random" if name == "random" else "")
+        else:
+            results += session.results(loaded, name, Path(out) / _as_folder(name))
     return results
 
 
-def _evaluated(
-    net: Encoder,
-    name: str,
-    sources: Mapping[str, ImageSource],
-    configs: Mapping[str, Any],
-    data: DataConfig,
-    folder: Path | None,
-    progress: Progress | None,
-) -> Iterator[Result]:
-    """One encoder's results; its features are extracted once, and only where an evaluation wants them."""
-    extraction, parts = 0.0, {}
-    if any(EVALUATIONS[kind].on == "features" for kind in configs):
-        started = time.monotonic()
-        parts = {split: _features(net, source, data, progress) for split, source in sources.items()}
-        extraction = time.monotonic() - started
-    for kind, chosen in configs.items():
-        started, evaluation = time.monotonic(), EVALUATIONS[kind]
-        if evaluation.on == "features":
-            metrics = evaluation.function(parts["train"], parts["test"], chosen)
-        else:
-            out = None if folder is None else folder / f"{kind}-{data.name}"
-            place = Workplace(device(), data.workers, out, progress)
-            metrics = evaluation.function(net, sources["train"], sources["test"], chosen, place)
-        seconds = time.monotonic() - started + (extraction if evaluation.on == "features" else 0.0)
-        yield Result(kind, data.name, "test", metrics, chosen.model_dump(mode="json"), name, seconds)
+def _names(encoders: Sequence[EncoderLike], random: bool) -> list[str]:
+    """What each is called in results. Raises UserError where two are called the same."""
+    loaded = [one for one in encoders if isinstance(one, Encoder)]
+    names = [str(one) for one in encoders if not isinstance(one, Encoder)]
+    numbers = iter(range(1, len(loaded) + 1))
+    named = [
+        str(one) if not isinstance(one, Encoder) else "encoder" if len(loaded) == 1 else f"encoder {next(numbers)}"
+        for one in encoders
+    ]
+    twice = sorted({name for name in named if named.count(name) > 1} | ({"random"} & set(names) if random else set()))
+    if twice:
+        raise UserError(f"{', '.join(twice)}: given twice, so that results could not be told apart; give each once")
+    return named
+
+
+def _as_folder(name: str) -> str:
+    """A name that a folder can have: runs/a -> runs-a."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "encoder"
 
 
 def embed(
@@ -158,7 +170,7 @@ def embed(
     loaded = _loaded(encoder, data)
     config = data_config(encoder, data, root)
     source = open_source(config, split, size=loaded.card.image_size)
-    features = _features(loaded, source, config)
+    features = cached_features(loaded, source, folder=config.cache, workers=config.workers, device=device())
     if out is not None:
         _write_features(Path(out), features, source)
     return features
@@ -218,11 +230,6 @@ def flat(overrides: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return pairs
 
 
-def _features(encoder: Encoder, source: ImageSource, config: DataConfig, progress: Progress | None = None) -> Features:
-    told = None if progress is None else partial(progress, f"features of {source.name}")
-    return features_of(encoder, source, workers=config.workers, device=device(), progress=told)
-
-
 def _check_evaluations(on: Iterable[str]) -> None:
     unknown = [name for name in on if name not in EVALUATIONS]
     if unknown:
@@ -244,15 +251,6 @@ def _settings_of(evaluation: str, settings: Mapping[str, Any], *, folder: Path |
         known = ", ".join(sorted(EVALUATIONS[evaluation].config.model_fields))
         problems = "; ".join(f"{evaluation}.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise UserError(f"{problems} (known settings: {known})") from None
-
-
-def _write_result(folder: Path, result: Result) -> None:
-    suffix = "-random" if result.encoder == "random" else ""
-    path = folder / "results" / f"{result.evaluation}-{result.data}{suffix}.json"
-    path.parent.mkdir(exist_ok=True)
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(result.__dict__, indent=2) + "\n")
-    os.replace(beside, path)
 
 
 def _write_features(path: Path, features: Features, source: ImageSource) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -78,9 +78,18 @@ class Result:
     data: str
     split: str
     metrics: dict[str, float]
+    """By name; NAME_low and NAME_high are the ends of NAME's 95 % confidence interval."""
     settings: dict[str, Any]
     encoder: str
     seconds: float
+    fingerprint: str = ""
+    """Of the encoder, the images and the settings: equal where the same evaluation would be made again."""
+    outcomes: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    """{metric: [M]}, what each test image contributed, in the order of the split; kept beside the JSON, not in it."""
+
+    def as_json(self) -> dict[str, Any]:
+        """What is written."""
+        return {key: value for key, value in vars(self).items() if key != "outcomes"}
 
 
 class FeaturePass(Protocol):

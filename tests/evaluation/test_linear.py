@@ -18,9 +18,8 @@ from mvmr.evaluation.linear import (
     adam_layer,
     linear,
     linear_fast,
-    logistic_regression,
-    standardisation,
 )
+from mvmr.evaluation.regularisation import logistic_regression, standardisation
 from mvmr.types import Features, RunError, Section, UserError
 
 
@@ -130,12 +129,17 @@ def test_linear_fast_is_scikit_learns_optimum(data: str, l2: float) -> None:
     expected = torch.tensor(reference.predict_proba(x_test.numpy()))
 
     classes = int(train.y.max()) + 1
-    weight, bias = logistic_regression(x, train.y, classes=classes, l2=l2 / len(x))
+    weight, bias = logistic_regression(x, train.y, classes=classes, l2=l2)
     found = functional.linear(x_test, weight, bias).softmax(1)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
 
-    accuracy = 100 * reference.score(x_test.numpy(), test.y.numpy())
-    assert linear_fast(train, test, LinearFastConfig(l2=l2))["top1"] == pytest.approx(accuracy, abs=0.1)
+    right = torch.from_numpy(reference.predict(x_test.numpy())) == test.y
+    metrics = linear_fast(train, test, LinearFastConfig(l2=l2))
+    best = expected.topk(2, dim=1).values
+    differing = (metrics.outcomes["top1"] == 100.0) != right
+    # Only where the two best classes are equal but for the solvers' tolerances may the answers differ.
+    assert all(gap < 1e-3 for gap in (best[:, 0] - best[:, 1])[differing].tolist())
+    assert int(differing.sum()) <= max(1, len(right) // 1000)  # 0.1 points, or one image
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -143,7 +147,7 @@ def test_the_gradient_is_zero_at_the_solution(dtype: torch.dtype) -> None:
     x, y = skewed(1500, torch.Generator().manual_seed(2))
     shift, scale = standardisation(x)
     x = ((x - shift) * scale).to(dtype)
-    weight, bias = logistic_regression(x, y, classes=8, l2=1e-3)
+    weight, bias = logistic_regression(x, y, classes=8, l2=1.5)  # summed over 1,500 images
     error = (functional.linear(x, weight, bias).softmax(1) - functional.one_hot(y, 8)) / len(x)
     limit = 2e-4 if dtype == torch.float32 else 5e-6
     assert (error.T @ x + 1e-3 * weight).abs().max() < limit
@@ -254,11 +258,13 @@ def test_wrong_features(function, config: Section) -> None:
 @pytest.mark.parametrize(("function", "config"), CASES)
 def test_top5_needs_more_than_five_classes(function, config: Section) -> None:
     train, test = blobs(classes=5)
-    assert set(function(train, test, config)) == {"top1", "n_train"}
+    assert set(function(train, test, config)) - {"l2"} == {"top1", "n_train"}
 
 
 def test_the_table_of_evaluations() -> None:
-    assert set(EVALUATIONS) == {"knn", "linear", "linear_fast", "finetune", "head", "multilabel"}
+    on_features = {"knn", "linear", "linear_fast", "logistic", "retrieval", "clustering", "multilabel", "head"}
+    assert {name for name, e in EVALUATIONS.items() if e.given(e.config()) == "features"} == on_features
+    assert set(EVALUATIONS) == on_features | {"finetune", "robustness", "diagnostics"}
     train, test = blobs()
     for name, evaluation in EVALUATIONS.items():
         assert evaluation.description

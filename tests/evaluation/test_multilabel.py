@@ -22,8 +22,9 @@ from mvmr.data.voc import VOC_CLASSES
 from mvmr.evaluation.average_precision import average_precision
 from mvmr.evaluation.features import features_of
 from mvmr.evaluation.knn import KNNConfig, knn
-from mvmr.evaluation.linear import LinearConfig, LinearFastConfig, linear, linear_fast, standardisation
+from mvmr.evaluation.linear import LinearConfig, LinearFastConfig, linear, linear_fast
 from mvmr.evaluation.multilabel import L2_GRID, MultilabelConfig, adam_classes, multilabel, one_vs_rest
+from mvmr.evaluation.regularisation import standardisation
 from mvmr.nets.encoders import EncoderConfig
 from mvmr.nets.weights import Encoder, EncoderCard, load_encoder, random_encoder
 from mvmr.ops.random import permutation
@@ -306,7 +307,11 @@ def test_both_means_on_a_tree_of_the_official_layout(tmp_path: Path, monkeypatch
     assert {name for name in metrics if "/" in name} == {f"ap11/{name}" for name in ("bicycle", "bird", "boat", "dog")}
     with pytest.warns(UserWarning, match="left out of the mean.*aeroplane, bottle"):
         (result,) = evaluate(encoder, data="voc07", root=tmp_path, on=["multilabel"], settings={"multilabel.l2": 10.0})
-    assert result.metrics == pytest.approx(metrics, abs=1e-6)
+    ends = {f"{name}_{end}" for name in ("map11", "map") for end in ("low", "high")}
+    assert set(result.metrics) == {*metrics, *ends}
+    assert {name: result.metrics[name] for name in metrics} == pytest.approx(metrics, abs=1e-6)
+    for name in ("map11", "map"):
+        assert 0 <= result.metrics[f"{name}_low"] <= metrics[name] <= result.metrics[f"{name}_high"] <= 100
 
 
 @pytest.mark.skipif("MVMR_TEST_DATA" not in os.environ, reason="MVMR_TEST_DATA, a folder with VOCdevkit, is not set")

@@ -42,18 +42,43 @@ def show_json(value: Any) -> None:
 
 
 def show_results(results: Sequence[Result], *, as_json: bool) -> None:
-    """Results as one table, or as one JSON object."""
+    """Results as tables, or as one JSON object: each encoder's, then the differences between them."""
+    from mvmr.evaluation.comparison import compare
+
+    differences = compare(results)
     if as_json:
-        show_json({"results": [asdict(result) for result in results]})
+        listed = [result.as_json() for result in results]
+        show_json({"results": listed, "differences": [asdict(each) for each in differences]})
         return
-    # Values of single classes (ap11/dog) are in the JSON and the results folder.
-    names = sorted({name for result in results for name in result.metrics if "/" not in name})
-    rows = [
-        [result.encoder, result.evaluation, *(_number(result.metrics.get(name)) for name in names)]
-        for result in results
-    ]
-    data = results[0].data if results else ""
-    show_table(f"{data}, test split", ["encoder", "evaluation", *names], rows)
+    for data, split in dict.fromkeys((result.data, result.split) for result in results):
+        shown = [result for result in results if (result.data, result.split) == (data, split)]
+        # Values of single classes (ap11/dog) are in the JSON and the results folder.
+        names = sorted({name for result in shown for name in result.metrics if "/" not in name})
+        names = [name for name in names if not _is_end(name, names)]
+        rows = [
+            [result.encoder, result.evaluation, *(_with_ends(result.metrics, name) for name in names)]
+            for result in shown
+        ]
+        show_table(f"{data}, {split} split", ["encoder", "evaluation", *names], rows)
+    if differences:
+        rows = [
+            [d.encoder, d.evaluation, d.metric, f"{d.difference:+.2f} [{d.low:+.2f}, {d.high:+.2f}]"]
+            for d in differences
+        ]
+        title = f"ahead of {differences[0].against}, image by image, with 95 % intervals"
+        show_table(title, ["encoder", "evaluation", "metric", "difference"], rows)
+
+
+def _is_end(name: str, names: Sequence[str]) -> bool:
+    """Whether a metric is the end of another one's interval."""
+    return any(name.endswith(end) and name.removesuffix(end) in names for end in ("_low", "_high"))
+
+
+def _with_ends(metrics: dict[str, float], name: str) -> str:
+    """56.10 [55.12, 57.07]"""
+    low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+    ends = "" if low is None or high is None else f" [{low:.2f}, {high:.2f}]"
+    return _number(metrics.get(name)) + ends
 
 
 def _number(value: float | None) -> str:

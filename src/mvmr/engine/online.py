@@ -20,7 +20,7 @@ from mvmr.evaluation.diagnostics import collapse_warning, embedding_std, rankme
 from mvmr.evaluation.features import accuracies, extract, labelled_pair
 from mvmr.evaluation.head import save_head
 from mvmr.evaluation.knn import KNNConfig, knn
-from mvmr.evaluation.linear import LinearFastConfig, standardised_regression
+from mvmr.evaluation.regularisation import UNCHOSEN, logistic_regression
 from mvmr.losses.distance_correlation import centred_distances, correlation_of
 from mvmr.nets.weights import Encoder, EncoderCard
 from mvmr.ops.random import permutation
@@ -105,7 +105,7 @@ class Online(Callback):
         record = {f"knn/{name}": value for name, value in found.items()}
         if self.config.head:
             (x, y), (x_test, y_test), classes = labelled_pair(train, test)
-            weight, bias = standardised_regression(x, y, classes=classes, config=LinearFastConfig())
+            weight, bias = logistic_regression(x, y, classes=classes, l2=UNCHOSEN)
             save_head(self.folder, weight, bias, train.classes)
             scores = functional.linear(x_test, weight, bias)
             record |= {f"head/{name}": value for name, value in accuracies(scores, y_test).items()}

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 # Modules, not their functions: `mvmr.evaluation.knn` stays the module of that name.
-from mvmr.evaluation import finetune, head, knn, linear, multilabel
+from mvmr.evaluation import (
+    clusters,
+    diagnostics,
+    finetune,
+    head,
+    knn,
+    linear,
+    logistic,
+    multilabel,
+    retrieval,
+    robustness,
+)
 from mvmr.evaluation.workplace import Workplace
 from mvmr.types import Section
 
 __all__ = ["EVALUATIONS", "Evaluation", "Workplace"]
+
+On = Literal["features", "images", "scenes"]
 
 
 @dataclass(frozen=True)
@@ -22,12 +35,17 @@ class Evaluation:
     """Its settings."""
     function: Callable[..., dict[str, float]]
     """on features: function(train, test, config) of two Features; on images: function(encoder, train, test, config,
-    workplace) of two ImageSources. Returns metrics, accuracies in percent. An image function leaves the encoder as it
-    is and trains a copy."""
+    workplace) of two ImageSources; on scenes: function(encoder, data, config, workplace) of a DataConfig. Returns
+    metrics, accuracies in percent. The encoder that it is given stays as it is: what is trained is a copy."""
     description: str
     """One line for lists."""
-    on: Literal["features", "images"] = "features"
-    """What it is given: frozen features, or the encoder and the images."""
+    on: On | Callable[[Any], On] = "features"
+    """What it is given: frozen features, the encoder and the images, or the encoder and where scenes with boxes, masks
+    or label maps lie; a function says it from the settings."""
+
+    def given(self, config: Section) -> On:
+        """What it is given under these settings."""
+        return self.on(config) if callable(self.on) else self.on
 
 
 EVALUATIONS: dict[str, Evaluation] = {
@@ -39,6 +57,19 @@ EVALUATIONS: dict[str, Evaluation] = {
         linear.LinearFastConfig,
         linear.linear_fast,
         "logistic regression on standardised features, solved to its optimum",
+    ),
+    "logistic": Evaluation(
+        logistic.LogisticConfig, logistic.logistic, "logistic regression on n labels a class, drawn several times"
+    ),
+    "retrieval": Evaluation(
+        retrieval.RetrievalConfig,
+        retrieval.retrieval,
+        "ranking by cosine similarity: mAP, mAP@K and recall@K; nothing is trained",
+    ),
+    "clustering": Evaluation(
+        clusters.ClusteringConfig,
+        clusters.clustering,
+        "k-means without labels, against the classes: accuracy, NMI, AMI, ARI",
     ),
     "multilabel": Evaluation(
         multilabel.MultilabelConfig,
@@ -52,4 +83,16 @@ EVALUATIONS: dict[str, Evaluation] = {
         on="images",
     ),
     "head": Evaluation(head.HeadConfig, head.head, "the linear head saved beside the encoder; nothing is trained"),
+    "robustness": Evaluation(
+        robustness.RobustnessConfig,
+        robustness.robustness,
+        "linear_fast's classifier on test images under noise, blur, brightness and JPEG",
+        on="images",
+    ),
+    "diagnostics": Evaluation(
+        diagnostics.DiagnosticsConfig,
+        diagnostics.diagnostics,
+        "rank, spectrum, LiDAR, uniformity and dependence of features; no label is read",
+        on="images",
+    ),
 }

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mvmr.evaluation.features import labelled
+from mvmr.evaluation.measured import Metrics
 from mvmr.ops.kmeans import Clustering, drawn_rows, kmeans
 from mvmr.ops.random import step_seed
 from mvmr.types import Features, RunError, Section, UserError
@@ -31,14 +32,22 @@ class ClusteringConfig(Section):
     """Seed of the starts."""
 
 
-def clustering(train: Features, test: Features, config: ClusteringConfig) -> dict[str, float]:
+def clustering(train: Features, test: Features, config: ClusteringConfig) -> Metrics:
     """{"accuracy", "nmi", "ami", "ari"} in percent, of k-means on unit features against the test split's classes.
 
     No label enters k-means, nor the choice of its start. Raises UserError where test labels are missing or images are
     fewer than clusters, RunError where features are not finite.
     """
     _, y = labelled(test, "test")
-    return agreement(found_clusters(train, test, config), y)
+    labels, y = found_clusters(train, test, config).cpu(), y.cpu()
+    # With the clusters as they are: other images would move the centroids too.
+    kinds = {"nmi": normalised_information, "ari": lambda table: 100.0 * adjusted_rand_index(table)}
+    statistics = {
+        name: lambda chosen, measure=measure: measure(contingency(labels[chosen], y[chosen]))
+        for name, measure in kinds.items()
+    }
+    outcomes = {"accuracy": 100.0 * matched(labels, y).double()}
+    return Metrics(agreement(labels, y), outcomes=outcomes, statistics=statistics, images=len(y))
 
 
 def found_clusters(train: Features, test: Features, config: ClusteringConfig) -> Tensor:
@@ -81,15 +90,19 @@ def agreement(labels: Tensor, y: Tensor) -> dict[str, float]:
     both (Vinh, Epps and Bailey, JMLR 2010).
     """
     table = contingency(labels, y)
+    return {
+        "accuracy": 100.0 * matched(labels, y).double().mean().item(),
+        "nmi": normalised_information(table),
+        "ami": normalised_information(table, expected=expected_information(table)),
+        "ari": 100.0 * adjusted_rand_index(table),
+    }
+
+
+def normalised_information(table: Tensor, *, expected: float = 0.0) -> float:
+    """Mutual information of a table [K, C] over the mean of the two entropies, less `expected` on both; in percent."""
     of_clusters, of_classes = _entropy(table.sum(1)), _entropy(table.sum(0))
     shared = max(0.0, of_clusters + of_classes - _entropy(table.flatten()))
-    found = {
-        "accuracy": matched(labels, y).double().mean().item(),
-        "nmi": _adjusted(shared, (of_clusters + of_classes) / 2, 0.0),
-        "ami": _adjusted(shared, (of_clusters + of_classes) / 2, expected_information(table)),
-        "ari": adjusted_rand_index(table),
-    }
-    return {name: 100.0 * value for name, value in found.items()}
+    return 100.0 * _adjusted(shared, (of_clusters + of_classes) / 2, expected)
 
 
 def matched(labels: Tensor, y: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from mvmr.evaluation.measured import Metrics
 from mvmr.ops.modes import evaluating
 from mvmr.types import Features, RunError, UserError
 
@@ -158,15 +159,15 @@ def _same_kind(train: Features, test: Features) -> None:
         raise UserError("the train and test splits have different classes; give two splits of one data set")
 
 
-def accuracies(scores: Tensor, y: Tensor) -> dict[str, float]:
+def accuracies(scores: Tensor, y: Tensor) -> Metrics:
     """top1 in percent, and top5 where there are more than five classes, of scores [N, C] for labels y [N].
 
-    Exact: of equal scores the lower class is ranked first, on every device.
+    Exact: of equal scores the lower class is ranked first, on every device. Outcomes are 100 for a right image, else 0.
     """
     own = scores.gather(1, y[:, None])  # [N, 1]
     lower = torch.arange(scores.shape[1], device=scores.device) < y[:, None]  # [N, C]
-    rank = (scores > own).sum(1) + ((scores == own) & lower).sum(1)  # [N]
-    metrics = {"top1": 100.0 * (rank < 1).double().mean().item()}
-    if scores.shape[1] > 5:
-        metrics["top5"] = 100.0 * (rank < 5).double().mean().item()
-    return metrics
+    rank = ((scores > own).sum(1) + ((scores == own) & lower).sum(1)).cpu()  # [N]
+    depths = {"top1": 1, "top5": 5} if scores.shape[1] > 5 else {"top1": 1}
+    right = {name: (rank < depth).double() for name, depth in depths.items()}  # [N] each
+    values = {name: 100.0 * each.mean().item() for name, each in right.items()}
+    return Metrics(values, outcomes={name: 100.0 * each for name, each in right.items()}, images=len(y))

@@ -13,6 +13,7 @@ from torch.nn import functional
 from mvmr.data.label_subsets import per_class
 from mvmr.evaluation.features import accuracies, labelled_pair
 from mvmr.evaluation.intervals import Interval
+from mvmr.evaluation.measured import Metrics
 from mvmr.evaluation.regularisation import chosen_l2, logistic_regression
 from mvmr.ops.random import step_seed
 from mvmr.types import Features, Section
@@ -49,7 +50,7 @@ class Draws:
     """Trained on in each."""
 
 
-def logistic(train: Features, test: Features, config: LogisticConfig) -> dict[str, float]:
+def logistic(train: Features, test: Features, config: LogisticConfig) -> Metrics:
     """{"top1", "top1_std", "top1_low", "top1_high", "top5" ..., "n_train", "l2"}, percents over draws of labels.
 
     The mean over draws, their standard deviation, and the 95 % interval of the mean by Student's t: what other draws
@@ -60,7 +61,8 @@ def logistic(train: Features, test: Features, config: LogisticConfig) -> dict[st
     metrics: dict[str, float] = {}
     for name, values in found.metrics.items():
         metrics |= {**mean_of_draws(values).named(name), f"{name}_std": statistics.stdev(values)}
-    return {**metrics, "n_train": float(found.images), "l2": statistics.median_low(found.l2)}
+    metrics |= {"n_train": float(found.images), "l2": statistics.median_low(found.l2)}
+    return Metrics(metrics, outcomes={"top1": 100.0 * found.correct.double().mean(0)})
 
 
 def drawn(train: Features, test: Features, config: LogisticConfig) -> Draws:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -12,9 +13,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from mvmr.evaluation.average_precision import average_precision
+from mvmr.evaluation.average_precision import Definition, average_precision
 from mvmr.evaluation.features import multi_labelled_pair
-from mvmr.evaluation.linear import standardisation
+from mvmr.evaluation.measured import Metrics
+from mvmr.evaluation.regularisation import standardisation
 from mvmr.ops.random import permutation
 from mvmr.types import Features, Section, UserError
 
@@ -48,7 +50,7 @@ class MultilabelConfig(Section):
     """Seed of the held-out fifth and of adam's order."""
 
 
-def multilabel(train: Features, test: Features, config: MultilabelConfig) -> dict[str, float]:
+def multilabel(train: Features, test: Features, config: MultilabelConfig) -> Metrics:
     """{"map11", "map", "ap11/CLASS" ..., "n_train"} in percent, and "l2" with solver fast: linear classes on features.
 
     "map11" is the mean over classes of VOC2007's 11-point average precision, "map" of VOC2010's area; the labels [N, C]
@@ -74,7 +76,15 @@ def multilabel(train: Features, test: Features, config: MultilabelConfig) -> dic
     ap11, ap = (100.0 * average_precision(scores, y_test, definition=kind) for kind in ("voc07", "all"))  # [C] each
     kept = [name for name, there in zip(names, used.tolist(), strict=True) if there]
     by_class = {f"ap11/{name}": value for name, value in zip(kept, ap11.tolist(), strict=True)}
-    return {"map11": ap11.mean().item(), "map": ap.mean().item(), "n_train": float(len(x)), **metrics, **by_class}
+    values = {"map11": ap11.mean().item(), "map": ap.mean().item(), "n_train": float(len(x)), **metrics, **by_class}
+    kinds: dict[str, Definition] = {"map11": "voc07", "map": "all"}
+    statistics = {name: partial(_mean_precision, scores.cpu(), y_test.cpu(), kind) for name, kind in kinds.items()}
+    return Metrics(values, statistics=statistics, images=len(y_test))
+
+
+def _mean_precision(scores: Tensor, y: Tensor, definition: Definition, chosen: Tensor) -> float:
+    """Mean AP in percent of some images, over the classes that they show: a resample may lack one."""
+    return 100.0 * average_precision(scores[chosen], y[chosen], definition=definition).nanmean().item()
 
 
 def _usable(y: Tensor, y_test: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from mvmr.ops.random import permutation
 STRENGTHS = (1e5, 1e4, 1e3, 100.0, 10.0, 1.0, 0.1)
 """What `chosen_l2` chooses from, weights of |W|^2 / 2 beside the cross-entropy summed over the images."""
 UNCHOSEN = 10.0
-"""What it returns where no class has two images, so that none can be held out."""
+"""What it returns where no class has two images, so that none can be held out; and what the online head takes."""
 PARTS = 5
 """Equal parts of the training images, held out one after another ..."""
 ENOUGH = 2000

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mvmr.evaluation.features import labelled, labelled_pair
+from mvmr.evaluation.measured import Metrics
 from mvmr.ops.precision import full_float32
 from mvmr.types import Features, Section, UserError
 
@@ -27,7 +28,7 @@ class RetrievalConfig(Section):
     """Depths of the ranking at which mAP and recall are given."""
 
 
-def retrieval(train: Features, test: Features, config: RetrievalConfig) -> dict[str, float]:
+def retrieval(train: Features, test: Features, config: RetrievalConfig) -> Metrics:
     """{"map", "map@K" ..., "recall@K" ...} in percent: means over the test images of what `outcomes` gives.
 
     Test images of a class that the gallery does not show are left out, with a warning that says how many.
@@ -43,7 +44,8 @@ def retrieval(train: Features, test: Features, config: RetrievalConfig) -> dict[
     if not bool(answered.all()):
         missing = len(answered) - int(answered.sum())
         warnings.warn(f"retrieval leaves out {missing} test images whose class the gallery lacks", stacklevel=2)
-    return {name: 100.0 * values[answered].mean().item() for name, values in found.items()}
+    kept = {name: 100.0 * values[answered] for name, values in found.items()}
+    return Metrics({name: values.mean().item() for name, values in kept.items()}, outcomes=kept)
 
 
 @torch.no_grad()

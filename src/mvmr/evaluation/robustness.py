@@ -15,7 +15,8 @@ from mvmr.data.loading import plain_batches
 from mvmr.errors import nearest
 from mvmr.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from mvmr.evaluation.features import extract, features_of, labelled, labelled_pair
-from mvmr.evaluation.linear import LinearFastConfig, standardised_regression
+from mvmr.evaluation.measured import Metrics
+from mvmr.evaluation.regularisation import chosen_l2, logistic_regression
 from mvmr.evaluation.workplace import Workplace
 from mvmr.nets.cards import Encoder
 from mvmr.types import Features, RunError, Section
@@ -34,8 +35,8 @@ class RobustnessConfig(Section):
     """How strong, 1 to 5."""
     levels: Literal["auto", "cifar", "tiny_imagenet", "imagenet"] = "auto"
     """The table of strengths; auto: the one for the encoder's image size."""
-    l2: float = Field(default=10.0, gt=0)
-    """The classifier's, as in linear_fast."""
+    l2: float | None = Field(default=None, gt=0)
+    """The classifier's, as in linear_fast: null chooses it on held-out training images."""
     max_iterations: int = Field(default=500, ge=1)
     """The classifier's, as in linear_fast."""
     seed: int = Field(default=0, ge=0)
@@ -59,7 +60,7 @@ class RobustnessConfig(Section):
 
 def robustness(
     encoder: Encoder, train: ImageSource, test: ImageSource, config: RobustnessConfig, workplace: Workplace
-) -> dict[str, float]:
+) -> Metrics:
     """{"top1", "corrupted", "relative_drop", "n_train", "top1/CORRUPTION" ..., "top1/CORRUPTION/SEVERITY" ...}.
 
     In percent, but for n_train: accuracy on the clean test images, its mean over corruptions and severities, and
@@ -67,7 +68,16 @@ def robustness(
     is; on the CPU a pure function of its arguments. Raises UserError for labels that do not fit, RunError when features
     are not finite.
     """
-    return {**summary(outcomes(encoder, train, test, config, workplace)), "n_train": float(len(train))}
+    right = outcomes(encoder, train, test, config, workplace)
+    by_kind: dict[str, list[Tensor]] = {}
+    for case, each in right.items():
+        if case != CLEAN:
+            by_kind.setdefault(case.partition("/")[0], []).append(each.double())
+    corrupted = torch.stack([torch.stack(each).mean(0) for each in by_kind.values()]).mean(0)  # [M]
+    return Metrics(
+        {**summary(right), "n_train": float(len(train))},
+        outcomes={"top1": 100.0 * right[CLEAN].double(), "corrupted": 100.0 * corrupted},
+    )
 
 
 def outcomes(
@@ -83,8 +93,10 @@ def outcomes(
     fitted = features_of(encoder, train, workers=workplace.workers, device=device)
     nothing = Features(torch.zeros(len(test), fitted.x.shape[1]), test.labels, test.classes)
     (x, y), (_, answers), classes = labelled_pair(fitted, nothing)
-    probe = LinearFastConfig(l2=config.l2, max_iterations=config.max_iterations)
-    weight, bias = standardised_regression(x, y, classes=classes, config=probe)
+    l2 = config.l2 or chosen_l2(x, y, classes=classes, max_iterations=config.max_iterations)
+    weight, bias = logistic_regression(
+        x, y, classes=classes, l2=l2, max_iterations=config.max_iterations, name="robustness"
+    )
     cases = {CLEAN: ("gaussian_noise", 0)}
     cases |= {f"{name}/{severity}": (name, severity) for name in config.corruptions for severity in config.severities}
     right = {case: torch.zeros(len(test), dtype=torch.bool) for case in cases}

@@ -61,9 +61,12 @@ class Encoder(nn.Module):
             images = images.to(self.mean.dtype) / 255
         elif not images.is_floating_point():
             raise ValueError(f"images are uint8, or float in [0, 1]; these are {images.dtype}")
-        normalised = (images - self.mean) / self.std
-        weight = next(self.backbone.parameters(), normalised)
-        return self.backbone(normalised.to(weight.dtype)).float()  # [B, D]
+        return self.normalised((images - self.mean) / self.std)
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Features [B, D] float32 of images [B, 3, H, W] that are normalised already."""
+        weight = next(self.backbone.parameters(), images)
+        return self.backbone(images.to(weight.dtype)).float()  # [B, D]
 
 
 def seeded(build: Callable[[], Made], *, seed: int) -> Made:
