@@ -14,6 +14,7 @@ import yaml
 from mvmr.config import load
 from mvmr.data.datasets import DATASETS
 from mvmr.data.sources import DataConfig, ImageSource, Progress, open_source
+from mvmr.engine.checkpoints import FOLDER as CHECKPOINTS
 from mvmr.engine.train import CONFIG
 from mvmr.engine.train import train as train_run
 from mvmr.engine.tune import Tuned
@@ -184,6 +185,8 @@ def data_config(
 ) -> DataConfig:
     """The data section to evaluate on: the named data set's, else the `proposed` one, else the run's own."""
     folder = None if isinstance(encoder, Encoder) else _folder_of(encoder) or Path(encoder).parent
+    if folder is not None and folder.name == CHECKPOINTS:  # an epoch's encoder, in its run's folder
+        folder = folder.parent
     own: dict[str, Any] = {}
     if folder is not None and (folder / CONFIG).is_file():
         own = yaml.safe_load((folder / CONFIG).read_text()).get("data", {})

@@ -4,9 +4,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from commands import Command
 from mvmr.cli import main
+from tiny import tiny
 
 
 @pytest.fixture
@@ -23,3 +25,11 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         return int(stop.value.code or 0), out, err
 
     return mvmr
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A recipe that runs in a second."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tiny(schedule__epochs=1).resolved()))
+    return path

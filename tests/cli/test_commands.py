@@ -12,14 +12,6 @@ import pytest
 import yaml
 
 from commands import Command
-from tiny import tiny
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(tiny(schedule__epochs=1).resolved()))
-    return path
 
 
 def test_help_answers_without_loading_torch() -> None:
@@ -32,7 +24,7 @@ def test_help_answers_without_loading_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for name in ("demo", "train", "tune", "evaluate", "embed", "cache", "list", "doctor"):
+    for name in ("demo", "train", "tune", "evaluate", "rank", "pictures", "embed", "cache", "list", "doctor"):
         assert name in done.stdout
 
 

@@ -14,6 +14,8 @@ from mvmr.cli.doctor import doctor
 from mvmr.cli.embed import embed
 from mvmr.cli.evaluate import evaluate
 from mvmr.cli.listing import list_names
+from mvmr.cli.pictures import pictures
+from mvmr.cli.rank import rank
 from mvmr.cli.train import train
 from mvmr.cli.tune import tune
 from mvmr.errors import RunError, UserError
@@ -26,6 +28,8 @@ app.command("demo")(demo)
 app.command("train")(train)
 app.command("tune")(tune)
 app.command("evaluate")(evaluate)
+app.command("rank")(rank)
+app.command("pictures")(pictures)
 app.command("embed")(embed)
 app.command("list")(list_names)
 app.command("doctor")(doctor)

@@ -6,18 +6,25 @@ import os
 from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
+from safetensors import SafetensorError
 
 from mvmr.engine.module import Adapter
 from mvmr.errors import RunError
+from mvmr.nets.weights import EncoderCard, save_encoder
 
 LAST = "last.ckpt"
+FOLDER = "checkpoints"
+"""In the run folder."""
 
 
 class Checkpoints(Callback):
-    """Writes last.ckpt at epoch ends and every `every_steps` optimiser steps, beside and then into place."""
+    """Writes last.ckpt at epoch ends and every `every_steps` optimiser steps, beside and then into place.
 
-    def __init__(self, folder: Path, *, every_steps: int | None, keep_every_epochs: int | None):
-        self.folder = folder
+    Every `keep_every_epochs` epochs it keeps epoch-NNNN.ckpt, and the encoder as it is then as epoch-NNNN.safetensors.
+    """
+
+    def __init__(self, folder: Path, card: EncoderCard, *, every_steps: int | None, keep_every_epochs: int | None):
+        self.folder, self.card = folder, card
         self.every_steps, self.keep_every_epochs = every_steps, keep_every_epochs
         self._saved = 0
 
@@ -40,6 +47,18 @@ class Checkpoints(Callback):
         done = trainer.current_epoch + 1
         if self.keep_every_epochs and done % self.keep_every_epochs == 0:
             self._save(trainer, f"epoch-{done:04d}.ckpt")
+            if trainer.is_global_zero:
+                assert isinstance(pl_module, Adapter)
+                self._save_encoder(pl_module, self.folder / f"epoch-{done:04d}.safetensors")
+
+    def _save_encoder(self, adapter: Adapter, path: Path) -> None:
+        """What `mvmr evaluate` and `mvmr rank` read: the checkpoint itself is for resuming alone."""
+        try:
+            save_encoder(path, adapter.method.exported(), self.card)
+        except (OSError, SafetensorError) as error:
+            raise RunError(
+                f"{path}: cannot be written ({error}); make room on the disk, then continue with --resume"
+            ) from None
 
     def _save(self, trainer: Trainer, name: str) -> None:
         path, beside = self.folder / name, self.folder / f".{name}.part"

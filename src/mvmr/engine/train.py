@@ -144,6 +144,7 @@ def assemble(run: Run, parts: Parts, out: Path, *, quiet: bool) -> tuple[Trainer
     )  # fmt: skip
     checkpoints = Checkpoints(
         out / "checkpoints",
+        parts.card,
         every_steps=run.engine.checkpoint_every_steps,
         keep_every_epochs=run.engine.keep_every_epochs,
     )

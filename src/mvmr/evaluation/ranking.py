@@ -116,6 +116,17 @@ def _centred_ranks(values: Sequence[float]) -> list[float]:
     return [sum((value > other) - (value < other) for other in values) / 2 for value in values]
 
 
+def checkpoints_of(run: str | Path) -> list[Path]:
+    """The encoders that a run kept in training, in the order of their epochs. Raises UserError for fewer than two."""
+    found = sorted((Path(run) / "checkpoints").glob("epoch-*.safetensors"))
+    if len(found) < 2:
+        raise UserError(
+            f"{run}: keeps {len(found)} encoders of earlier epochs, and a ranking needs two; train with "
+            "engine.keep_every_epochs, rank what was watched with --online, or name several encoders"
+        )
+    return found
+
+
 def epochs_of(
     run: str | Path, *, probe: str | None = "knn/top1"
 ) -> tuple[dict[str, dict[str, float]], dict[str, float] | None]:

@@ -149,7 +149,9 @@ def _timm_card(backbone: nn.Module, dim: int, config: EncoderConfig) -> EncoderC
 def _not_of_a_run(file: Path) -> None:
     folder = file.resolve().parent.parent
     if file.parent.name == "checkpoints" and (folder / "config.yaml").is_file():
+        kept = file.with_suffix(".safetensors")
         remedy = "give that folder" if (folder / ENCODER_FILE).is_file() else "end it first with `mvmr train --resume`"
+        remedy = f"give {kept.name} beside it" if kept.is_file() else remedy
         raise UserError(f"{file}: is a checkpoint to resume the run {folder} from, not an encoder; {remedy}")
 
 
