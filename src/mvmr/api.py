@@ -22,6 +22,8 @@ from mvmr.engine.tune import save as save_tuned
 from mvmr.engine.tune import tune as tune_run
 from mvmr.errors import UserError
 from mvmr.evaluation import EVALUATIONS
+from mvmr.evaluation.baselines import PREFIX as BASELINE
+from mvmr.evaluation.baselines import baseline_encoder
 from mvmr.evaluation.cached_features import cached_features
 from mvmr.evaluation.session import Session
 from mvmr.nets.released import ReleasedInput
@@ -96,13 +98,14 @@ def evaluate(
     """Evaluate encoders: train on the training split, measure on the test split; the encoders stay as they are.
 
     encoder: one or several, each a run folder, an encoder.safetensors, a released checkpoint, timm:NAME,
-    torchvision:NAME, or a loaded Encoder; `mvmr.evaluation.comparison.compare` tells their results apart. data: a name
-    of DATASETS; by default the recipe's, or what the first run was trained on. on: names of EVALUATIONS; by default the
-    recipe's, or knn. settings: of the evaluations, as {"knn.k": 5}. random: also evaluate the first one's net with
-    random weights, named "random". recipe: an evaluation recipe, a shipped one's name or a YAML file; what else is
-    given comes on top. out: folder for results and trained networks, one in it for each encoder; by default a run's
-    own, and none for other encoders. resume: take finished results of the same encoder, images and settings from there.
-    keep_features: in the cache folder, where they are looked up next time. progress: called as (what, done, total).
+    torchvision:NAME, representation:NAME for a fixed map of the image, or a loaded Encoder;
+    `mvmr.evaluation.comparison.compare` tells their results apart. data: a name of DATASETS; by default the recipe's,
+    or what the first run was trained on. on: names of EVALUATIONS; by default the recipe's, or knn. settings: of the
+    evaluations, as {"knn.k": 5}. random: also evaluate the first one's net with random weights, named "random".
+    recipe: an evaluation recipe, a shipped one's name or a YAML file; what else is given comes on top. out: folder for
+    results and trained networks, one in it for each encoder; by default a run's own, and none for other encoders.
+    resume: take finished results of the same encoder, images and settings from there. keep_features: in the cache
+    folder, where they are looked up next time. progress: called as (what, done, total).
     Accuracies have 95 % confidence intervals beside them, NAME_low and NAME_high. Raises UserError and RunError.
     """
     protocol = load_protocol(recipe) if recipe is not None else Protocol()
@@ -121,6 +124,8 @@ def evaluate(
         jobs.append((name, _loaded(one, data or protocol.data.get("name")), own, configs))
     if random:
         _, first, own, configs = jobs[0]
+        if first.card.encoder.name.startswith(BASELINE):
+            raise UserError(f"--random: {jobs[0][0]} has no weights to draw; name a network first")
         jobs.append(("random", random_encoder(first.card, seed=0), own, configs))
     config = data_config(given[0], data, root, protocol.data)
     results: list[Result] = []
@@ -209,6 +214,10 @@ def _loaded(encoder: str | Path | Encoder, data: str | None) -> Encoder:
     if isinstance(encoder, Encoder):
         return encoder
     known = DATASETS.get(data or "")
+    if str(encoder).startswith(BASELINE):
+        if known is None:
+            raise UserError(f"--data is missing: {encoder} takes the images' size and normalisation from the data set")
+        return baseline_encoder(str(encoder), size=known.size or 224, mean=known.mean, std=known.std)
     return load_encoder(encoder, released=ReleasedInput(known.size, known.mean, known.std) if known else None)
 
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 import mvmr.evaluation.cached_features as cached_module
 from mvmr.api import evaluate
+from mvmr.data.datasets import DATASETS
 from mvmr.data.sources import DataConfig, open_source
 from mvmr.errors import UserError
 from mvmr.evaluation import EVALUATIONS
@@ -211,3 +213,22 @@ def test_mistakes_are_named_before_any_work(tmp_path: Path, passes: list[int]) -
     with pytest.raises(UserError, match="nowhere"):
         evaluate([file, tmp_path / "nowhere"], data="digits")
     assert passes == []
+
+
+def test_a_fixed_map_stands_in_an_encoders_place() -> None:
+    results = evaluate(["representation:pixels", random_encoder(CARD, seed=0)], data="digits", on=["knn"])
+    train, test = (open_source(DataConfig(name="digits"), split, size=16) for split in ("train", "test"))
+    known = DATASETS["digits"]
+    (x, y), (x_test, y_test) = (
+        ((s.images.float() / 255 - torch.tensor(known.mean).view(3, 1, 1)).flatten(1), s.labels) for s in (train, test)
+    )
+    expected = KNeighborsClassifier(1, metric="cosine").fit(x.numpy(), y).score(x_test.numpy(), y_test)
+    (nearest,) = evaluate("representation:pixels", data="digits", on=["knn"], settings={"knn.k": 1})
+    assert nearest.metrics["top1"] == pytest.approx(100 * expected, abs=0.4)  # grey pixels with one deviation
+    assert {d.against for d in compare(results)} == {"representation:pixels"}
+    with pytest.raises(UserError, match=r"no such representation.*pixels"):
+        evaluate("representation:pixel", data="digits")
+    with pytest.raises(UserError, match="--data is missing"):
+        evaluate("representation:pixels")
+    with pytest.raises(UserError, match="no weights to draw"):
+        evaluate("representation:pixels", data="digits", random=True)

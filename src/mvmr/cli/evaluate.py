@@ -17,7 +17,7 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="ENCODER... [EVALUATION.KEY=VALUE]...",
-            help="Run folders, encoder.safetensors files, timm:NAME or torchvision:NAME; then settings.",
+            help="Run folders, encoder.safetensors files, timm:NAME, torchvision:NAME or representation:NAME.",
         ),
     ],
     data: Annotated[str | None, typer.Option(help="Data set (`mvmr list data`); by default the first run's.")] = None,
