@@ -35,7 +35,16 @@ RANKS = {group: rank for rank, groups in enumerate(LAYERS) for group in groups}
 
 # Beside the layers: measuring and reporting know images and encoders, not what trained them.
 ASIDE = ("mvmr.evaluation", "mvmr.report")
-ASIDE_MAY_IMPORT = ("mvmr.errors", "mvmr.types", "mvmr.ops", "mvmr.losses", "mvmr.nets", "mvmr.data", "mvmr.representations")
+ASIDE_MAY_IMPORT = (
+    "mvmr.__version__",
+    "mvmr.errors",
+    "mvmr.types",
+    "mvmr.ops",
+    "mvmr.losses",
+    "mvmr.nets",
+    "mvmr.data",
+    "mvmr.representations",
+)
 MAY_IMPORT_ASIDE = ("mvmr.config", "mvmr.engine", "mvmr.api", "mvmr", "mvmr.cli")
 
 # Third parties that are slow to import: inside functions only, but for the engine's own.

@@ -14,6 +14,8 @@ from mvmr.evaluation import (
     head,
     knn,
     linear,
+    linear_images,
+    linear_presets,
     logistic,
     multilabel,
     retrieval,
@@ -51,7 +53,10 @@ class Evaluation:
 EVALUATIONS: dict[str, Evaluation] = {
     "knn": Evaluation(knn.KNNConfig, knn.knn, "weighted nearest neighbours by cosine similarity; nothing is trained"),
     "linear": Evaluation(
-        linear.LinearConfig, linear.linear, "linear layer by MV-MR's protocol: Adam, 100 epochs, last epoch"
+        linear_presets.LinearPresetConfig,
+        linear_images.linear_by_preset,
+        "linear layer by MV-MR's protocol on frozen features, or by another's on augmented images (linear.preset)",
+        on=linear_presets.works_on,
     ),
     "linear_fast": Evaluation(
         linear.LinearFastConfig,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +12,25 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from mvmr.data.images import ArraySource, ImageSource, subset
 from mvmr.data.label_subsets import listed, per_class, stratified
-from mvmr.data.loading import Loaded, Loader, plain_batches
+from mvmr.data.loading import Loader, plain_batches
 from mvmr.data.views import ViewMaker
 from mvmr.evaluation.features import accuracies, extract
 from mvmr.evaluation.finetune_config import FinetuneConfig
 from mvmr.evaluation.head import Head, save_head
+from mvmr.evaluation.image_training import (
+    checked_labels,
+    fitting_batch,
+    generators,
+    identity,
+    in_half,
+    own_randomness,
+    set_generators,
+    view_of,
+)
+from mvmr.evaluation.measured import Metrics
+from mvmr.evaluation.resume import Resumable
 from mvmr.evaluation.workplace import Workplace
 from mvmr.nets.weights import ENCODER_FILE, Encoder, save_encoder
-from mvmr.ops.schedules import warmup_cosine
 from mvmr.types import RunError, UserError
 
 __all__ = ["FinetuneConfig", "finetune", "parameter_groups", "positions"]
@@ -29,31 +38,31 @@ __all__ = ["FinetuneConfig", "finetune", "parameter_groups", "positions"]
 
 def finetune(
     encoder: Encoder, train: ImageSource, test: ImageSource, config: FinetuneConfig, workplace: Workplace
-) -> dict[str, float]:
+) -> Metrics:
     """{"top1", "top5", "n_train"} of the whole test split after the last epoch of training encoder and head together.
 
     Trains a copy by cross-entropy on the chosen images of `train`: the encoder's weights, buffers and mode stay as they
-    are. The head starts at zero. bf16 autocast on a GPU that has it, else float32; measured in float32. On the CPU a
-    pure function of its arguments. Top5 is left out for five classes or fewer. `workplace.out` gets the tuned
-    encoder.safetensors and head.safetensors. Raises UserError for labels or settings that do not fit, RunError when
-    the loss is not finite.
+    are. bf16 autocast on a GPU that has it, else float32; measured in float32. On the CPU a pure function of its
+    arguments. Top5 is left out for five classes or fewer. `workplace.out` gets the tuned encoder.safetensors and
+    head.safetensors, and until then what a killed training needs to go on: it ends with the same bits. Raises
+    UserError for labels or settings that do not fit, RunError when the loss is not finite.
     """
-    labels, answers, classes = _labels(train, test)
+    labels, answers, classes = checked_labels(train, test, "finetune")
     chosen = positions(train, config)
     source = train if len(chosen) == len(labels) else subset(train, chosen)
     tuned = copy.deepcopy(encoder).to(workplace.device)
-    with _own_randomness(config.seed, workplace.device), torch.enable_grad():
-        layer = nn.Linear(encoder.card.dim, classes, device=workplace.device)
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
-        _train(tuned, layer, source, config, workplace)
+    training = Resumable(workplace.out, {} if workplace.out is None else identity("finetune", encoder, source, config))
+    with own_randomness(config.seed, workplace.device), torch.enable_grad():
+        layer = new_head(encoder.card.dim, classes, config).to(workplace.device)
+        _train(tuned, layer, source, config, workplace, training)
     tuned.to(memory_format=torch.contiguous_format)  # so that what is loaded later computes exactly the same
     head = Head(layer.weight.detach().cpu(), layer.bias.detach().cpu(), train.classes)
     if workplace.out is not None:
         _save(workplace, tuned, head, train.name)
     batches = plain_batches(test, batch_size=512, size=encoder.card.image_size, workers=workplace.workers)
     scores = head(extract(tuned, batches, device=workplace.device))  # [M, C]
-    return {**accuracies(scores, answers), "n_train": float(len(source))}
+    training.finished()
+    return accuracies(scores, answers).also(n_train=float(len(source)))
 
 
 def positions(train: ImageSource, config: FinetuneConfig) -> Tensor:
@@ -66,6 +75,19 @@ def positions(train: ImageSource, config: FinetuneConfig) -> Tensor:
     if config.fraction is not None:
         return stratified(train.labels, config.fraction, seed=config.seed)
     return torch.arange(len(train))
+
+
+def new_head(width: int, classes: int, config: FinetuneConfig) -> nn.Linear:
+    """The head before its first step, on the CPU: a function of the seed."""
+    with own_randomness(config.seed, torch.device("cpu")):
+        layer = nn.Linear(width, classes, device="cpu")  # drawn as "uniform"
+        if config.head_init != "uniform":
+            nn.init.zeros_(layer.bias)
+        if config.head_init == "zeros":
+            nn.init.zeros_(layer.weight)
+        if config.head_init == "normal":
+            nn.init.normal_(layer.weight, std=0.01)
+    return layer
 
 
 def parameter_groups(backbone: nn.Module, head: nn.Module, config: FinetuneConfig) -> list[dict]:
@@ -91,52 +113,52 @@ def parameter_groups(backbone: nn.Module, head: nn.Module, config: FinetuneConfi
     return [{"params": p, "lr": rate, "peak": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
 
 
-def _labels(train: ImageSource, test: ImageSource) -> tuple[Tensor, Tensor, int]:
-    """Labels [N] and [M] that can be trained on and measured by, and the number of classes."""
-    checked = []
-    for source, split in ((train, "train"), (test, "test")):
-        y = source.labels
-        if y is None or len(y) == 0:
-            raise UserError(f"the {split} split has no labels, and finetune needs them; take a labelled data set")
-        if y.ndim != 1:
-            raise UserError(
-                f"finetune is for one label an image; {source.name} has {list(y.shape[1:])} of them: "
-                "take an evaluation for several labels"
-            )
-        if int(y.min()) < 0:
-            raise UserError(f"the {split} split has images without label (below 0); leave them out")
-        checked.append(y.cpu())
-    if train.classes and test.classes and train.classes != test.classes:
-        raise UserError("the train and test splits have different classes; give two splits of one data set")
-    return checked[0], checked[1], max(int(checked[0].max()) + 1, int(checked[1].max()) + 1, len(train.classes))
-
-
-def _train(tuned: Encoder, layer: nn.Linear, source: ImageSource, config: FinetuneConfig, workplace: Workplace) -> None:
-    """Train both in place, for all epochs."""
-    card, backbone = tuned.card, tuned.backbone
+def _train(
+    tuned: Encoder,
+    layer: nn.Linear,
+    source: ImageSource,
+    config: FinetuneConfig,
+    workplace: Workplace,
+    training: Resumable,
+) -> None:
+    """Train both in place, for all epochs or from where a killed training stopped."""
+    card, backbone, device = tuned.card, tuned.backbone, workplace.device
     maker = ViewMaker(config.view_settings(card.image_size), mean=card.mean, std=card.std, seed=config.seed)
     loader = Loader(
-        source, batch_size=_batch_size(len(source), config), seed=config.seed, workers=workplace.workers,
-        start=None if isinstance(source, ArraySource) else maker.start,
+        source, batch_size=fitting_batch(len(source), config.batch_size, "finetune"), seed=config.seed,
+        workers=workplace.workers, start=None if isinstance(source, ArraySource) else maker.start,
     )  # fmt: skip
     assert source.labels is not None
-    labels = source.labels.to(workplace.device)
+    labels = source.labels.to(device)
     _set_modes(backbone, config, batch=loader.batch_size)
     backbone.to(memory_format=torch.channels_last)  # a quarter faster for convolutions, and nothing for transformers
     optimizer = _optimizer(parameter_groups(backbone, layer, config), config)
-    total = config.epochs * len(loader)
-    for epoch in range(config.epochs):
-        for done, batch in enumerate(loader, epoch * len(loader)):
-            _set_rates(optimizer, done, total=total, warmup=round(config.warmup_epochs * len(loader)))
-            scores = layer(_features(backbone, _view(maker, batch, workplace.device)))  # [B, C]
-            target = labels[batch.index.to(workplace.device)]  # [B]
+    parts: dict[str, Any] = {"backbone": backbone, "layer": layer, "optimizer": optimizer, "loader": loader}
+    kept = training.kept()
+    if kept is not None:
+        for name, part in parts.items():
+            part.load_state_dict(kept[name])
+        set_generators(kept["generators"], device)
+    scale, curve, total = config.rate_scale(loader.batch_size), config.curve(), config.epochs * len(loader)
+    done = loader.epoch * len(loader) + loader.state_dict()["batches"]
+    for epoch in range(loader.epoch, config.epochs):
+        for batch in loader:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * scale * curve.at(done, len(loader))
+            scores = layer(_features(backbone, view_of(maker, batch, device)))  # [B, C]
+            target = labels[batch.index.to(device)]  # [B]
             loss = functional.cross_entropy(scores, target, label_smoothing=config.label_smoothing)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            done += 1
+            training.keep(
+                lambda: {name: part.state_dict() for name, part in parts.items()} | {"generators": generators(device)}
+            )
             if workplace.progress is not None:
-                workplace.progress("fine-tuning", done + 1, total)
+                workplace.progress("fine-tuning", done, total)
         if not bool(torch.isfinite(loss)):  # once an epoch: a GPU is waited for here
+            training.finished()  # nothing worth taking up
             raise RunError(
                 f"finetune: the loss is {loss.item()} in epoch {epoch + 1}; lower finetune.encoder_lr and head_lr, or "
                 "set finetune.warmup_epochs"
@@ -145,19 +167,8 @@ def _train(tuned: Encoder, layer: nn.Linear, source: ImageSource, config: Finetu
 
 def _features(backbone: nn.Module, images: Tensor) -> Tensor:
     """Features [B, D] float32 of normalised images, in bf16 inside on a GPU that has it."""
-    half = images.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=half):
+    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=in_half(images.device)):
         return backbone(images).float()
-
-
-def _batch_size(images: int, config: FinetuneConfig) -> int:
-    if config.batch_size > images:
-        warnings.warn(
-            f"finetune.batch_size is {config.batch_size}, and there are {images} images to train on: each step sees "
-            "all of them",
-            stacklevel=2,
-        )
-    return min(config.batch_size, images)
 
 
 def _set_modes(backbone: nn.Module, config: FinetuneConfig, *, batch: int) -> None:
@@ -185,35 +196,6 @@ def _optimizer(groups: list[dict], config: FinetuneConfig) -> Optimizer:
     if config.optimizer == "sgd":
         return SGD(groups, momentum=config.momentum, nesterov=config.nesterov)
     return {"adam": Adam, "adamw": AdamW}[config.optimizer](groups)
-
-
-def _set_rates(optimizer: Optimizer, step: int, *, total: int, warmup: int) -> None:
-    # One step longer than the run at both ends, so that neither the first step nor the last has rate 0: with three
-    # steps an epoch they count.
-    scale = warmup_cosine(step, total_steps=total + 1, warmup_steps=warmup, start=1 / (warmup + 1))
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * scale
-
-
-def _view(maker: ViewMaker, batch: Loaded, device: torch.device) -> Tensor:
-    """The random view [B, 3, S, S] of a batch, normalised, on the device."""
-    images = batch.images
-    moved: Tensor | dict[str, Tensor]
-    if isinstance(images, Tensor):
-        moved = images.to(device, non_blocking=True)
-    else:
-        moved = {name: crop.to(device, non_blocking=True) for name, crop in images.items()}
-    stream = next(iter(maker.settings.crops.values())).stream
-    return maker(moved, batch.index, batch.epoch)[stream][0].contiguous(memory_format=torch.channels_last)
-
-
-@contextmanager
-def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """What layers draw (dropout, drop path) depends on the seed alone, and the caller's generators stay as they are."""
-    cuda = [device.index if device.index is not None else torch.cuda.current_device()] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(seed)
-        yield
 
 
 def _save(workplace: Workplace, tuned: Encoder, head: Head, trained_on: str) -> None:
