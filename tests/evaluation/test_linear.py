@@ -264,7 +264,9 @@ def test_top5_needs_more_than_five_classes(function, config: Section) -> None:
 def test_the_table_of_evaluations() -> None:
     on_features = {"knn", "linear", "linear_fast", "logistic", "retrieval", "clustering", "multilabel", "head"}
     assert {name for name, e in EVALUATIONS.items() if e.given(e.config()) == "features"} == on_features
-    assert set(EVALUATIONS) == on_features | {"finetune", "robustness", "diagnostics"}
+    on_images = {"finetune", "robustness", "diagnostics", "zero_shot"}
+    assert {name for name, e in EVALUATIONS.items() if e.given(e.config()) == "images"} == on_images
+    assert set(EVALUATIONS) == on_features | on_images | {"semantic"}
     train, test = blobs()
     for name, evaluation in EVALUATIONS.items():
         assert evaluation.description

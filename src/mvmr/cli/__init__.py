@@ -13,6 +13,7 @@ from mvmr.cli.demo import demo
 from mvmr.cli.doctor import doctor
 from mvmr.cli.embed import embed
 from mvmr.cli.evaluate import evaluate
+from mvmr.cli.export import export
 from mvmr.cli.listing import list_names
 from mvmr.cli.pictures import pictures
 from mvmr.cli.rank import rank
@@ -31,6 +32,7 @@ app.command("evaluate")(evaluate)
 app.command("rank")(rank)
 app.command("pictures")(pictures)
 app.command("embed")(embed)
+app.command("export")(export)
 app.command("list")(list_names)
 app.command("doctor")(doctor)
 app.add_typer(cache, name="cache")

@@ -20,6 +20,8 @@ from mvmr.evaluation import (
     multilabel,
     retrieval,
     robustness,
+    semantic,
+    zero_shot,
 )
 from mvmr.evaluation.workplace import Workplace
 from mvmr.types import Section
@@ -98,6 +100,18 @@ EVALUATIONS: dict[str, Evaluation] = {
         diagnostics.DiagnosticsConfig,
         diagnostics.diagnostics,
         "rank, spectrum, LiDAR, uniformity and dependence of features; no label is read",
+        on="images",
+    ),
+    "semantic": Evaluation(
+        semantic.SemanticConfig,
+        semantic.semantic,
+        "semantic segmentation: an FCN head and the encoder trained on label maps, by mean IoU",
+        on="scenes",
+    ),
+    "zero_shot": Evaluation(
+        zero_shot.ZeroShotConfig,
+        zero_shot.zero_shot,
+        "CLIP-like encoders: the class name whose sentence is nearest to the image; nothing is trained",
         on="images",
     ),
 }

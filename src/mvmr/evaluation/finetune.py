@@ -30,6 +30,7 @@ from mvmr.evaluation.image_training import (
 from mvmr.evaluation.measured import Metrics
 from mvmr.evaluation.resume import Resumable
 from mvmr.evaluation.workplace import Workplace
+from mvmr.nets.pretrained import OPEN_CLIP
 from mvmr.nets.weights import ENCODER_FILE, Encoder, save_encoder
 from mvmr.types import RunError, UserError
 
@@ -48,6 +49,8 @@ def finetune(
     UserError for labels or settings that do not fit, RunError when the loss is not finite.
     """
     labels, answers, classes = checked_labels(train, test, "finetune")
+    if encoder.card.encoder.name.startswith(OPEN_CLIP):
+        raise UserError("finetune: the towers of an open_clip model cannot be saved; take the same net from timm")
     chosen = positions(train, config)
     source = train if len(chosen) == len(labels) else subset(train, chosen)
     tuned = copy.deepcopy(encoder).to(workplace.device)

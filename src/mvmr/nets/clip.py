@@ -26,15 +26,15 @@ def clip_teacher(model: str, weights: Path | None, output: Output, image_size: i
     [B, C, h, w] of the last block after the final norm, without class token. The text tower is dropped.
     Raises UserError for unknown names, without the extra `clip`, and for weights that cannot be had or do not fit.
     """
-    clip = _open_clip(model)
-    arch, tag = _parts(clip, model, weights)
+    clip = imported_open_clip(model)
+    arch, tag = name_parts(clip, model, weights)
     settings: dict[str, Any] = clip.get_pretrained_cfg(arch, tag) if tag else {}
     file = open_clip_file(settings, model) if tag and weights is None else None
-    _text_settings(clip.get_model_config(arch), model)
+    check_text_settings(clip.get_model_config(arch), model)
     # These weights were trained with another activation, which some architectures leave to the tag to say.
     options = {"force_quick_gelu": True} if settings.get("quick_gelu") else {}
     try:
-        with _quiet():
+        with quietly():
             net = seeded(
                 lambda: clip.create_model(
                     arch, pretrained=file, pretrained_text=False, force_image_size=image_size, **options
@@ -73,7 +73,8 @@ def clip_map(tower: Any, images: Tensor) -> Tensor:
     return made["image_intermediates"][-1]
 
 
-def _open_clip(model: str) -> Any:
+def imported_open_clip(model: str) -> Any:
+    """The package open_clip. Raises UserError where it is not installed."""
     try:
         import open_clip
     except ImportError as error:
@@ -81,7 +82,7 @@ def _open_clip(model: str) -> Any:
     return open_clip
 
 
-def _parts(clip: Any, model: str, weights: Path | None) -> tuple[str, str | None]:
+def name_parts(clip: Any, model: str, weights: Path | None) -> tuple[str, str | None]:
     """Architecture and tag, both known to open_clip."""
     given = model.removeprefix(OPEN_CLIP)
     bare = given.removesuffix(RANDOM)
@@ -107,7 +108,7 @@ def _parts(clip: Any, model: str, weights: Path | None) -> tuple[str, str | None
     return arch, tag
 
 
-def _text_settings(config: dict[str, Any], model: str) -> None:
+def check_text_settings(config: dict[str, Any], model: str) -> None:
     """A text tower of the Hugging Face hub is built, and so described, before it is dropped."""
     name = config["text_cfg"].get("hf_model_name")
     if name and hub_file(name, ["config.json"]) is None:
@@ -115,7 +116,7 @@ def _text_settings(config: dict[str, Any], model: str) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Keep open_clip from setting up the root logger, and from warning that a random model is random."""
     root, silent = logging.getLogger(), logging.NullHandler()
     root.addHandler(silent)

@@ -16,7 +16,7 @@ from torch import nn
 
 from mvmr.nets.cards import Encoder, EncoderCard, seeded
 from mvmr.nets.encoders import RESNETS, TIMM, EncoderConfig, build_encoder, build_timm, timm_settings
-from mvmr.nets.pretrained import RANDOM, TORCHVISION, pretrained_timm, pretrained_torchvision
+from mvmr.nets.pretrained import OPEN_CLIP, RANDOM, TORCHVISION, pretrained_timm, pretrained_torchvision
 from mvmr.nets.released import CHECKPOINTS, ReleasedInput, load_released
 from mvmr.types import UserError
 
@@ -31,6 +31,8 @@ def save_encoder(path: str | Path, backbone: nn.Module, card: EncoderCard) -> Pa
     A folder as `path` gets an encoder.safetensors. Written beside and moved into place, so that a killed process leaves
     the old file.
     """
+    if card.encoder.name.startswith(OPEN_CLIP):
+        raise UserError(f"{card.encoder.name}: its two towers have no card that could be read again; it is not saved")
     file = Path(path) / ENCODER_FILE if Path(path).is_dir() else Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -69,11 +71,16 @@ def load_encoder(path: str | Path, *, released: ReleasedInput | None = None) -> 
     """The encoder of a file, a run folder or a name, on the CPU and in eval mode; nothing foreign is executed.
 
     path: an encoder.safetensors; a folder with one; torchvision:NAME or timm:NAME for their pretrained weights (from
-    the cache or the network); with @random after the name for random ones; a checkpoint (.ckpt, .pt, .pth, .pth.tar)
-    published by MV-MR's authors, whose images `released` describes (by default as `load_released` has it).
+    the cache or the network), with @random after the name for random ones; open_clip:ARCH/TAG for both towers of a
+    CLIP; a checkpoint (.ckpt, .pt, .pth, .pth.tar) published by MV-MR's authors, whose images `released` describes (by
+    default as `load_released` has it).
     Raises UserError.
     """
     name = str(path)
+    if name.startswith(OPEN_CLIP):
+        from mvmr.nets.clip_encoder import load_clip
+
+        return load_clip(name)
     if name.startswith((TORCHVISION, TIMM)):
         return _load_named(name)
     file = _file_of(path)
@@ -96,6 +103,10 @@ def load_encoder(path: str | Path, *, released: ReleasedInput | None = None) -> 
 
 def random_encoder(card: EncoderCard, seed: int) -> Encoder:
     """The card's architecture with fresh weights, the same for the same seed; in eval mode, for baselines."""
+    if card.encoder.name.startswith(OPEN_CLIP):
+        raise UserError(
+            f"{card.encoder.name}: random weights are drawn of encoders that mvmr trains; leave --random out"
+        )
     backbone, _ = seeded(lambda: build_encoder(card.encoder), seed=seed)
     return Encoder(backbone, card.model_copy(update={"method": "random"})).eval()
 
