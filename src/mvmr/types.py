@@ -86,10 +86,14 @@ class Result:
     """Of the encoder, the images and the settings: equal where the same evaluation would be made again."""
     outcomes: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
     """{metric: [M]}, what each test image contributed, in the order of the split; kept beside the JSON, not in it."""
+    statistics: Mapping[str, Callable[[Tensor], float]] = field(default_factory=dict, compare=False, repr=False)
+    """{metric: function of positions of test images}, for metrics that are no mean over images; not kept."""
+    images: int = 0
+    """Test images that the statistics are of."""
 
     def as_json(self) -> dict[str, Any]:
         """What is written."""
-        return {key: value for key, value in vars(self).items() if key != "outcomes"}
+        return {key: value for key, value in vars(self).items() if key not in ("outcomes", "statistics", "images")}
 
 
 class FeaturePass(Protocol):

@@ -266,7 +266,7 @@ def test_the_table_of_evaluations() -> None:
     assert {name for name, e in EVALUATIONS.items() if e.given(e.config()) == "features"} == on_features
     on_images = {"finetune", "robustness", "diagnostics", "zero_shot"}
     assert {name for name, e in EVALUATIONS.items() if e.given(e.config()) == "images"} == on_images
-    assert set(EVALUATIONS) == on_features | on_images | {"semantic"}
+    assert set(EVALUATIONS) == on_features | on_images | {"detection", "instance", "semantic"}
     train, test = blobs()
     for name, evaluation in EVALUATIONS.items():
         assert evaluation.description

@@ -168,6 +168,21 @@ def test_encoders_side_by_side_on_the_same_images(tmp_path: Path) -> None:
     assert back.difference == pytest.approx(-shown.difference)
 
 
+def test_what_is_no_mean_over_images_is_compared_too() -> None:
+    encoders = [random_encoder(CARD, seed=seed) for seed in (0, 1)]
+    settings = {"clustering": SMALL["clustering"]}
+    results = evaluate(encoders, data="digits", on=["clustering"], settings=settings)
+    found = {d.metric: d for d in compare(results)}
+    assert set(found) == {"accuracy", "nmi", "ari"}
+    for name in ("nmi", "ari"):
+        first, second = (result.metrics[name] for result in results)
+        assert found[name].difference == pytest.approx(second - first)
+        assert found[name].low < found[name].difference < found[name].high
+        assert (
+            results[0].metrics[f"{name}_low"] < first < results[0].metrics[f"{name}_high"] + 2
+        )  # of few images: biased
+
+
 def test_finished_results_are_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [save_encoder(tmp_path / f"{seed}.safetensors", random_encoder(CARD, seed=seed).backbone, CARD)
              for seed in (0, 1)]  # fmt: skip

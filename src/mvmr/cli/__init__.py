@@ -17,6 +17,7 @@ from mvmr.cli.export import export
 from mvmr.cli.listing import list_names
 from mvmr.cli.pictures import pictures
 from mvmr.cli.rank import rank
+from mvmr.cli.splits import splits
 from mvmr.cli.train import train
 from mvmr.cli.tune import tune
 from mvmr.errors import RunError, UserError
@@ -33,6 +34,7 @@ app.command("rank")(rank)
 app.command("pictures")(pictures)
 app.command("embed")(embed)
 app.command("export")(export)
+app.command("splits")(splits)
 app.command("list")(list_names)
 app.command("doctor")(doctor)
 app.add_typer(cache, name="cache")

@@ -105,7 +105,7 @@ def draw_outline(segmentation: Any, height: int, width: int) -> np.ndarray:
     if isinstance(segmentation, Mapping):
         return drawn
     try:
-        from faster_coco_eval.core import mask  # type: ignore[import-untyped]
+        from faster_coco_eval.core import mask
     except ImportError:
         raise UserError("masks are drawn by faster-coco-eval: pip install 'mvmr[detection]'") from None
     if not segmentation:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mvmr.data.coco import COCO_LAYOUT, read_coco
 from mvmr.data.images import ArraySource, ImageSource
 from mvmr.data.layouts import (
     Wanted,
@@ -23,6 +24,7 @@ from mvmr.data.layouts import (
     read_tiny_imagenet,
 )
 from mvmr.data.voc import VOC_LAYOUT, read_voc07
+from mvmr.data.voc_scenes import VOC0712_LAYOUT, read_voc0712
 from mvmr.errors import RunError
 from mvmr.types import IMAGENET_MEAN, IMAGENET_STD
 
@@ -222,6 +224,11 @@ DATASETS: dict[str, DataSet] = {
     "voc07": DataSet(
         "PASCAL VOC 2007: 9,963 multi-label photographs of 20 classes", read_voc07, layout=VOC_LAYOUT
     ),
+    "voc0712": DataSet(
+        "PASCAL VOC 2007 and 2012 trainval to train on, 2007 test: 20 classes, boxes", read_voc0712,
+        layout=VOC0712_LAYOUT,
+    ),
+    "coco": DataSet("COCO 2017: 123,287 photographs of 80 classes, boxes and masks", read_coco, layout=COCO_LAYOUT),
     "folder": DataSet("your own images in class folders", read_folder, layout=FOLDER_LAYOUT),
     "images": DataSet(
         "your own images, any tree of files, no labels", read_images, layout="ROOT/\n  **/*.jpg, *.png, ...",

@@ -9,9 +9,11 @@ from typing import Any, Literal
 # Modules, not their functions: `mvmr.evaluation.knn` stays the module of that name.
 from mvmr.evaluation import (
     clusters,
+    detection,
     diagnostics,
     finetune,
     head,
+    instance,
     knn,
     linear,
     linear_images,
@@ -101,6 +103,18 @@ EVALUATIONS: dict[str, Evaluation] = {
         diagnostics.diagnostics,
         "rank, spectrum, LiDAR, uniformity and dependence of features; no label is read",
         on="images",
+    ),
+    "detection": Evaluation(
+        detection.DetectionConfig,
+        detection.detection,
+        "a Faster R-CNN on the encoder, trained on boxes: average precision",
+        on="scenes",
+    ),
+    "instance": Evaluation(
+        instance.InstanceConfig,
+        instance.instance,
+        "a Mask R-CNN on the encoder, trained on boxes and masks of COCO: average precision of both",
+        on="scenes",
     ),
     "semantic": Evaluation(
         semantic.SemanticConfig,

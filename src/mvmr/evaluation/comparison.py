@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mvmr.evaluation.intervals import paired_interval
+from mvmr.evaluation.intervals import Interval, paired_interval, statistic_interval
+from mvmr.evaluation.measured import RESAMPLES
 from mvmr.types import Result
 
 
@@ -30,10 +31,10 @@ class Comparison:
 
 
 def compare(results: Sequence[Result], *, against: str | None = None) -> list[Comparison]:
-    """Each encoder against one (by default that of the first result), in every metric with outcomes of both.
+    """Each encoder against one (by default that of the first result), in every metric that both know image by image.
 
     The intervals are of each comparison by itself: of twenty at 95 % one is expected to miss. Of parts of a metric
-    (top1/fog) none is made.
+    (top1/fog) none is made, nor of mAP and its like where a result was read from its file.
     """
     if not results:
         return []
@@ -44,14 +45,23 @@ def compare(results: Sequence[Result], *, against: str | None = None) -> list[Co
         other = base.get((result.evaluation, result.data))
         if other is None or result.encoder == reference:
             continue
-        for metric in (name for name in result.metrics if name in result.outcomes):
-            if metric not in other.outcomes or "/" in metric or len(result.outcomes[metric]) < 2:
-                continue
-            interval = paired_interval(result.outcomes[metric], other.outcomes[metric])
-            found.append(
-                Comparison(
-                    result.evaluation, result.data, metric, result.encoder, reference,
-                    interval.value, interval.low, interval.high,
-                )
-            )  # fmt: skip
+        for metric in (name for name in result.metrics if "/" not in name):
+            interval = _difference(result, other, metric)
+            if interval is not None:
+                place = (result.evaluation, result.data, metric, result.encoder, reference)
+                found.append(Comparison(*place, interval.value, interval.low, interval.high))
     return found
+
+
+def _difference(first: Result, second: Result, metric: str) -> Interval | None:
+    """First - second on the same images, or None where one of them does not know what each image gave."""
+    if metric in first.outcomes and metric in second.outcomes:
+        return (
+            None
+            if len(first.outcomes[metric]) < 2
+            else paired_interval(first.outcomes[metric], second.outcomes[metric])
+        )
+    if metric not in first.statistics or metric not in second.statistics or first.images != second.images:
+        return None
+    one, other = first.statistics[metric], second.statistics[metric]
+    return statistic_interval(lambda chosen: one(chosen) - other(chosen), first.images, resamples=RESAMPLES)

@@ -81,10 +81,11 @@ class Session:
                 metrics = function(encoder, self.source("train", encoder), self.source("test", encoder), config, place)
             else:
                 metrics = function(encoder, self.data, config, place)
-            outcomes = metrics.outcomes if isinstance(metrics, Metrics) else {}
+            known = metrics if isinstance(metrics, Metrics) else Metrics(metrics)
             result = Result(
-                kind, self.data.name, getattr(config, "split", "test"), with_intervals(metrics),
-                config.model_dump(mode="json"), name, time.monotonic() - started, fingerprint, as_outcomes(outcomes),
+                kind, self.data.name, getattr(config, "split", "test"), with_intervals(known),
+                config.model_dump(mode="json"), name, time.monotonic() - started, fingerprint,
+                as_outcomes(known.outcomes), known.statistics, known.images,
             )  # fmt: skip
             if path is not None:
                 write_result(path, result)
