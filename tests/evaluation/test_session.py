@@ -21,10 +21,11 @@ from mvmr.evaluation import EVALUATIONS
 from mvmr.evaluation.cached_features import cached_features, encoder_fingerprint
 from mvmr.evaluation.comparison import compare
 from mvmr.evaluation.features import features_of
-from mvmr.evaluation.intervals import mean_interval, paired_interval
+from mvmr.evaluation.intervals import mean_interval, paired_interval, statistic_interval
 from mvmr.evaluation.results import read_result
 from mvmr.nets.encoders import EncoderConfig
 from mvmr.nets.weights import Encoder, EncoderCard, random_encoder, save_encoder
+from mvmr.types import Result
 
 CARD = EncoderCard(
     encoder=EncoderConfig(name="resnet18", stem="mvmr", width=0.0625), dim=32, image_size=16, mean=(0.3, 0.3, 0.3),
@@ -169,18 +170,26 @@ def test_encoders_side_by_side_on_the_same_images(tmp_path: Path) -> None:
 
 
 def test_what_is_no_mean_over_images_is_compared_too() -> None:
-    encoders = [random_encoder(CARD, seed=seed) for seed in (0, 1)]
-    settings = {"clustering": SMALL["clustering"]}
-    results = evaluate(encoders, data="digits", on=["clustering"], settings=settings)
-    found = {d.metric: d for d in compare(results)}
-    assert set(found) == {"accuracy", "nmi", "ari"}
-    for name in ("nmi", "ari"):
-        first, second = (result.metrics[name] for result in results)
-        assert found[name].difference == pytest.approx(second - first)
-        assert found[name].low < found[name].difference < found[name].high
-        assert (
-            results[0].metrics[f"{name}_low"] < first < results[0].metrics[f"{name}_high"] + 2
-        )  # of few images: biased
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(200, generator=generator) + shift for shift in (0.0, 0.5)]
+
+    def result(number: int) -> Result:
+        def median(chosen: Tensor) -> float:
+            return float(values[number][chosen].median())
+
+        measured = {"median": median(torch.arange(200)), "alone": 1.0}
+        statistics = {"median": median} | ({"alone": median} if number else {})
+        return Result("e", "d", "test", measured, {}, f"{number}", 0.0, statistics=statistics, images=200)
+
+    (found,) = compare([result(0), result(1)])
+    expected = statistic_interval(
+        lambda chosen: float(values[1][chosen].median() - values[0][chosen].median()), 200, resamples=1000
+    )
+    assert (found.metric, found.encoder, found.against) == ("median", "1", "0")
+    assert (found.difference, found.low, found.high) == (expected.value, expected.low, expected.high)
+    assert found.is_certain == (expected.low > 0)
+    assert compare([]) == []
+    assert compare([result(0)]) == []
 
 
 def test_finished_results_are_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
