@@ -56,7 +56,9 @@ def table(results: list[Result], differences: list[Comparison], named: dict[str,
         for kind in kinds:
             metrics = next(r.metrics for r in results if (r.encoder, r.evaluation) == (encoder, kind))
             name = first[kind]
-            cells.append(f"{metrics[name]:.1f} [{metrics[f'{name}_low']:.1f}, {metrics[f'{name}_high']:.1f}]")
+            low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+            ends = "" if low is None or high is None else f" [{low:.1f}, {high:.1f}]"
+            cells.append(f"{metrics[name]:.1f}{ends}")
             if reference:
                 d = ahead.get((encoder, kind, name))
                 cells.append("" if d is None else f"{d.difference:+.1f} [{d.low:+.1f}, {d.high:+.1f}]")
@@ -65,8 +67,9 @@ def table(results: list[Result], differences: list[Comparison], named: dict[str,
 
 
 def _leading(result: Result) -> str:
-    """The metric that stands for an evaluation: top1, or the first that has an interval."""
-    return next(name for name in ("top1", *result.metrics) if f"{name}_low" in result.metrics)
+    """The metric that stands for an evaluation: top1, or the first that has an interval, or the first."""
+    sure = (name for name in ("top1", *result.metrics) if f"{name}_low" in result.metrics)
+    return next(sure, next(iter(result.metrics)))
 
 
 def parse() -> argparse.Namespace:
@@ -77,7 +80,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--on", default="knn,linear_fast")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--against", help="whom differences are to; the first encoder by default")
-    parser.add_argument("--random", action="store_true")
+    parser.add_argument("--random", action="store_true", help="also the first network with random weights")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import resource
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ def main() -> None:
     if arguments.features:
         train, test = (read(path) for path in arguments.features)
     else:
-        made = drawn(arguments.train + arguments.test, arguments.width)
+        made = drawn_elsewhere(arguments.train + arguments.test, arguments.width)
         train, test = (
             Features(part, labels)
             for part, labels in zip(
@@ -104,6 +106,23 @@ def drawn(count: int, width: int, *, classes: int = 10) -> tuple[torch.Tensor, t
     latent = torch.randn(count, 64, generator=generator) + 1.5 * torch.eye(classes, 64)[y]
     mixing = torch.randn(64, width, generator=generator)
     return (latent @ mixing / 8 + 0.5 * torch.randn(count, width, generator=generator)).relu_().square_(), y
+
+
+def drawn_elsewhere(count: int, width: int) -> list[torch.Tensor]:
+    """`drawn` by another process, so that what drawing needs is not in this one's peak of memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = multiprocessing.get_context("spawn").Process(target=write_drawn, args=(folder, count, width))
+        work.start()
+        work.join()
+        if work.exitcode:
+            raise SystemExit(f"drawing features failed with status {work.exitcode}")
+        return [torch.from_numpy(np.load(Path(folder, name))) for name in ("x.npy", "y.npy")]
+
+
+def write_drawn(folder: str, count: int, width: int) -> None:
+    x, y = drawn(count, width)
+    np.save(Path(folder, "x.npy"), x.numpy())
+    np.save(Path(folder, "y.npy"), y.numpy())
 
 
 def read(path: Path) -> Features:

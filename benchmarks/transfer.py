@@ -34,14 +34,17 @@ import torch
 from mvmr.data.coco_splits import write_splits
 from mvmr.data.sources import DataConfig
 from mvmr.engine.environment import environment
-from mvmr.evaluation import Workplace
+from mvmr.evaluation import EVALUATIONS, Workplace
 from mvmr.evaluation.detection import DetectionConfig, detection
 from mvmr.evaluation.instance import InstanceConfig, instance
 from mvmr.evaluation.intervals import resampled
 from mvmr.evaluation.measured import Metrics
+from mvmr.evaluation.resume import forget
 from mvmr.evaluation.semantic import SemanticConfig, semantic
 from mvmr.nets.cards import Encoder
 from mvmr.nets.weights import load_encoder, random_encoder
+from mvmr.ops.files import write_bytes
+from mvmr.representations.teacher import digest
 
 RANDOM = "random"
 RESAMPLES = 1000
@@ -71,27 +74,17 @@ def settings(task: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return {**common, **own.get(task, {})}
 
 
-def on_detection(encoder: Encoder, arguments: argparse.Namespace, seed: int, workplace: Workplace) -> Metrics:
-    config = DetectionConfig(**settings("detection", arguments), seed=seed)
-    return detection(encoder, DataConfig(name="voc07", root=arguments.voc), config, workplace)
-
-
-def on_instance(encoder: Encoder, arguments: argparse.Namespace, seed: int, workplace: Workplace) -> Metrics:
-    whole = arguments.coco / "annotations" / "instances_train2017.json"
-    train, test = write_splits(whole, size=TRAINING, count=1, seed=0, rest=True, out=arguments.out / "splits")
-    own = settings("instance", arguments)
-    config = InstanceConfig(**own, seed=seed, train_annotations=train, test_annotations=test)
-    return instance(encoder, DataConfig(name="coco", root=arguments.coco), config, workplace)
-
-
-def on_semantic(encoder: Encoder, arguments: argparse.Namespace, seed: int, workplace: Workplace) -> Metrics:
-    whole = arguments.coco / "annotations" / "instances_train2017.json"
-    if not arguments.all_classes:
-        whole = one_category(whole, arguments.out / "splits" / "objects_train2017.json")
-    train, test = write_splits(whole, size=TRAINING, count=1, seed=0, rest=True, out=arguments.out / "splits")
-    own = settings("semantic", arguments)
-    config = SemanticConfig(**own, seed=seed, train_annotations=train, test_annotations=test)
-    return semantic(encoder, DataConfig(name="coco", root=arguments.coco), config, workplace)
+def job(task: str, arguments: argparse.Namespace, seed: int) -> tuple[DataConfig, Any]:
+    """The data and the settings of one training; writes the splits that it needs."""
+    own = {**settings(task, arguments), "seed": seed}
+    if task == "detection":
+        return DataConfig(name="voc07", root=arguments.voc), DetectionConfig(**own)
+    annotations, splits = arguments.coco / "annotations" / "instances_train2017.json", arguments.out / "splits"
+    if task == "semantic" and not arguments.all_classes:
+        annotations = one_category(annotations, splits / "objects_train2017.json")
+    train, test = write_splits(annotations, size=TRAINING, count=1, seed=0, rest=True, out=splits)
+    config = {"instance": InstanceConfig, "semantic": SemanticConfig}[task]
+    return DataConfig(name="coco", root=arguments.coco), config(**own, train_annotations=train, test_annotations=test)
 
 
 def one_category(annotations: Path, out: Path) -> Path:
@@ -105,11 +98,7 @@ def one_category(annotations: Path, out: Path) -> Path:
     return out
 
 
-TASKS: dict[str, Callable[[Encoder, argparse.Namespace, int, Workplace], Metrics]] = {
-    "detection": on_detection,
-    "instance": on_instance,
-    "semantic": on_semantic,
-}
+TASKS: dict[str, Callable[..., Metrics]] = {"detection": detection, "instance": instance, "semantic": semantic}
 
 
 def main() -> None:
@@ -137,23 +126,32 @@ def main() -> None:
 def cell(task: str, name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """One training's metrics, and those of each resample of the test images; read where it was finished before."""
     label = Path(name).parent.name if name.endswith(".safetensors") else Path(name).name
-    key = hashlib.sha256(json.dumps([str(name), settings(task, arguments)]).encode()).hexdigest()[:8]
-    file = arguments.out / "cells" / f"{task}-{label}-seed{seed}-{key}.json"
-    if file.is_file():
-        return json.loads(file.read_text())
     if name == RANDOM:
         encoder = random_encoder(load_encoder(next(e for e in arguments.encoders if e != RANDOM)).card, seed=seed)
     else:
         encoder = load_encoder(name)
+    data, config = job(task, arguments, seed)
+    file = arguments.out / "cells" / f"{task}-{label}-seed{seed}-{key(task, encoder, data, config)}.json"
+    if file.is_file():
+        return json.loads(file.read_text())
     workplace = Workplace(torch.device("cpu"), out=arguments.out / "training" / file.stem)
-    metrics = TASKS[task](encoder, arguments, seed, workplace)
+    metrics = TASKS[task](encoder, data, config, workplace)
     found = {"encoder": label, "metrics": dict(metrics), "resampled": resampled_metrics(metrics)}
-    file.parent.mkdir(exist_ok=True)
-    beside = file.with_suffix(".part")
-    beside.write_text(json.dumps(found))
-    beside.replace(file)
+    write_bytes(file, json.dumps(found).encode(), remedy="make room on the disk")
+    forget(arguments.out / "training" / file.stem)
     print(task, label, f"seed {seed}", {key: round(value, 2) for key, value in metrics.items()}, flush=True)
     return found
+
+
+def key(task: str, encoder: Encoder, data: DataConfig, config: Any) -> str:
+    """Eight digits that tell a cell from every other: net, images with their objects, settings and resamples."""
+    fingerprints = EVALUATIONS[task].fingerprints
+    assert fingerprints is not None
+    parts = [
+        task, digest(encoder), encoder.card.model_dump(mode="json"), dict(fingerprints(data, config)), RESAMPLES,
+        config.model_dump(mode="json", exclude={"train_annotations", "test_annotations"}),  # their content is in
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
 
 
 def resampled_metrics(metrics: Metrics) -> dict[str, list[float]]:

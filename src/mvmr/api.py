@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,14 +20,16 @@ from mvmr.engine.tune import Tuned
 from mvmr.engine.tune import save as save_tuned
 from mvmr.engine.tune import tune as tune_run
 from mvmr.errors import UserError
-from mvmr.evaluation import EVALUATIONS
 from mvmr.evaluation.baselines import PREFIX as BASELINE
 from mvmr.evaluation.baselines import baseline_encoder
 from mvmr.evaluation.cached_features import cached_features
+from mvmr.evaluation.features import write_features
+from mvmr.evaluation.results import folders_of
 from mvmr.evaluation.session import Session
+from mvmr.evaluation.settings import check_evaluations, checked_settings, settings_of
 from mvmr.nets.released import ReleasedInput
 from mvmr.nets.weights import Encoder, load_encoder, random_encoder
-from mvmr.protocols import Protocol, load_protocol
+from mvmr.protocols import Protocol, data_section, load_protocol
 from mvmr.types import Features, Result
 
 EncoderLike = str | Path | Encoder
@@ -98,130 +99,173 @@ def evaluate(
     """Evaluate encoders: train on the training split, measure on the test split; the encoders stay as they are.
 
     encoder: one or several, each a run folder, an encoder.safetensors, a released checkpoint, timm:NAME,
-    torchvision:NAME, representation:NAME for a fixed map of the image, or a loaded Encoder;
-    `mvmr.evaluation.comparison.compare` tells their results apart. data: a name of DATASETS; by default the recipe's,
-    or what the first run was trained on. on: names of EVALUATIONS; by default the recipe's, or knn. settings: of the
-    evaluations, as {"knn.k": 5}. random: also evaluate the first one's net with random weights, named "random".
-    recipe: an evaluation recipe, a shipped one's name or a YAML file; what else is given comes on top. out: folder for
-    results and trained networks, one in it for each encoder; by default a run's own, and none for other encoders.
-    resume: take finished results of the same encoder, images and settings from there. keep_features: in the cache
-    folder, where they are looked up next time. progress: called as (what, done, total).
+    torchvision:NAME, representation:NAME for a fixed map of the image, or a loaded Encoder, in results "encoder", or
+    "encoder 1" and so on; `mvmr.evaluation.comparison.compare` tells their results apart. data: a name of DATASETS; by
+    default the recipe's, or what the first run was trained on. on: names of EVALUATIONS; by default the recipe's, or
+    knn. settings: of these evaluations, as {"knn.k": 5}. random: also evaluate the first network with random weights,
+    named "random". recipe: an evaluation recipe, a shipped one's name or a YAML file; what else is given comes on top.
+    out: folder for results and trained networks, one in it for each encoder; by default a run's own, and none for other
+    encoders. resume: take finished results of the same encoder, images and settings from there. keep_features: in the
+    cache folder, where they are looked up next time. What a loaded Encoder computes no key says for certain (hooks,
+    methods put in its place): its features are never kept, and its results never taken up. progress: called as (what,
+    done, total).
     Accuracies have 95 % confidence intervals beside them, NAME_low and NAME_high. Raises UserError and RunError.
     """
     protocol = load_protocol(recipe) if recipe is not None else Protocol()
     on = tuple(on) or protocol.evaluations
-    _check_evaluations(on)
+    check_evaluations(on)
     given = [encoder] if isinstance(encoder, str | Path | Encoder) else list(encoder)
     if not given:
         raise UserError("there is no encoder to evaluate; give one or several")
-    wanted = {**flat(protocol.settings), **flat(settings or {})}
-    wanted = {key: value for key, value in wanted.items() if "." in key or value != {}}  # {"knn": {}} sets nothing
+    names = _names(given, random)
+    config = data_config(next((one for one in given if _own_data(one)), given[0]), data, root, protocol.data)
+    wanted = checked_settings(flat(settings or {}), flat(protocol.settings), on)
     # All are opened before the first is worked on: the last one's mistake should not cost the others' time.
-    jobs = []
-    for name, one in zip(_names(given, random), given, strict=True):
-        own = _folder_of(one)
-        configs = {kind: _settings_of(kind, wanted, folder=own) for kind in on}
-        jobs.append((name, _loaded(one, data or protocol.data.get("name")), own, configs))
+    jobs = [_job(name, one, config, on, wanted) for name, one in zip(names, given, strict=True)]
     if random:
-        _, first, own, configs = jobs[0]
-        if first.card.encoder.name.startswith(BASELINE):
-            raise UserError(f"--random: {jobs[0][0]} has no weights to draw; name a network first")
-        jobs.append(("random", random_encoder(first.card, seed=0), own, configs))
-    config = data_config(given[0], data, root, protocol.data)
+        jobs.append(_random_job(jobs))
+    if out is not None:
+        folders = folders_of([job.name for job in jobs], Path(out))
+        jobs = [replace(job, folder=folder, suffix="") for job, folder in zip(jobs, folders, strict=True)]
     results: list[Result] = []
     sources: dict[tuple[str, int], ImageSource] = {}
-    for name, loaded, own, configs in jobs:
+    for job in jobs:
         session = Session(
-            data=config, evaluations=configs, device=device(), resume=resume, keep_features=keep_features,
-            progress=progress, sources=sources,
+            data=config, evaluations=job.settings, device=device(), resume=resume,
+            keep_features=keep_features, from_file=job.from_file, progress=progress, sources=sources,
         )  # fmt: skip
-        if out is None:
-            results += session.results(loaded, name, own, suffix="-random" if name == "random" else "")
-        else:
-            results += session.results(loaded, name, Path(out) / _as_folder(name))
+        results += session.results(job.encoder, job.name, job.folder, suffix=job.suffix)
     return results
 
 
+@dataclass(frozen=True)
+class _Job:
+    """One encoder to evaluate."""
+
+    name: str
+    encoder: Encoder
+    folder: Path | None
+    """Of its results."""
+    settings: dict[str, Any]
+    suffix: str = ""
+    """To the names of results, so that the random net's lie beside its run's."""
+    from_file: bool = True
+    """False of an object from Python, of which no key says for certain what it computes."""
+
+
+def _job(name: str, given: EncoderLike, data: DataConfig, on: Sequence[str], wanted: Mapping[str, Any]) -> _Job:
+    own = _folder_of(given)
+    settings = {kind: settings_of(kind, wanted, folder=own) for kind in on}
+    return _Job(name, open_encoder(given, data.name), own, settings, from_file=not isinstance(given, Encoder))
+
+
+def _random_job(jobs: Sequence[_Job]) -> _Job:
+    """The first network that is no fixed map, with random weights. Raises UserError where there is none."""
+    for job in jobs:
+        if not job.encoder.card.encoder.name.startswith(BASELINE):
+            drawn = random_encoder(job.encoder.card, seed=0)
+            return replace(job, name="random", encoder=drawn, suffix="-random", from_file=True)
+    raise UserError(f"--random: {', '.join(job.name for job in jobs)} has no weights to draw; name a network too")
+
+
 def _names(encoders: Sequence[EncoderLike], random: bool) -> list[str]:
-    """What each is called in results. Raises UserError where two are called the same."""
-    loaded = [one for one in encoders if isinstance(one, Encoder)]
-    names = [str(one) for one in encoders if not isinstance(one, Encoder)]
-    numbers = iter(range(1, len(loaded) + 1))
-    named = [
-        str(one) if not isinstance(one, Encoder) else "encoder" if len(loaded) == 1 else f"encoder {next(numbers)}"
-        for one in encoders
-    ]
-    twice = sorted({name for name in named if named.count(name) > 1} | ({"random"} & set(names) if random else set()))
+    """What each is called in results. Raises UserError where two are the same or called the same."""
+    numbers, count = iter(range(1, len(encoders) + 1)), sum(isinstance(one, Encoder) for one in encoders)
+    named, meant = [], []
+    for one in encoders:
+        if isinstance(one, Encoder):
+            named.append("encoder" if count == 1 else f"encoder {next(numbers)}")
+            meant.append(named[-1])
+        else:
+            named.append(str(one))
+            meant.append(str(Path(one).resolve()) if Path(one).exists() else str(one))  # a and ./a are one
+    twice = {
+        name
+        for name, what in zip(named, meant, strict=True)
+        if meant.count(what) > 1 or named.count(name) > 1 or (random and name == "random")
+    }
     if twice:
-        raise UserError(f"{', '.join(twice)}: given twice, so that results could not be told apart; give each once")
+        raise UserError(
+            f"{', '.join(sorted(twice))}: given twice, so that results could not be told apart; give each once"
+        )
     return named
 
 
-def _as_folder(name: str) -> str:
-    """A name that a folder can have: runs/a -> runs-a."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "encoder"
-
-
 def embed(
-    encoder: str | Path | Encoder,
+    encoder: EncoderLike,
     *,
     data: str | None = None,
     root: str | Path | None = None,
     split: Literal["pretrain", "train", "test"] = "pretrain",
     out: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> Features:
-    """Features [N, D] of every image of a split; `out` (.npz) gets features, labels, classes and file names."""
+    """Features [N, D] of every image of a split; `out` (.npz) gets features, labels, classes and file names.
+
+    Those of an encoder given by path or name are kept in the cache folder, as in `evaluate`. progress: called as (what,
+    done, total). Raises UserError and RunError.
+    """
     if out is not None and Path(out).suffix != ".npz":
         raise UserError(f"--out {out}: features are written as .npz; give a name that ends in .npz")
-    loaded = _loaded(encoder, data)
     config = data_config(encoder, data, root)
-    source = open_source(config, split, size=loaded.card.image_size)
-    features = cached_features(loaded, source, folder=config.cache, workers=config.workers, device=device())
+    loaded = open_encoder(encoder, config.name)
+    source = open_source(config, split, size=loaded.card.image_size, progress=progress)
+    features = cached_features(
+        loaded, source, folder=config.cache, workers=config.workers, device=device(), progress=progress,
+        keep=not isinstance(encoder, Encoder),
+    )  # fmt: skip
     if out is not None:
-        _write_features(Path(out), features, source)
+        write_features(Path(out), features, source.paths)
     return features
 
 
 def data_config(
-    encoder: str | Path | Encoder,
-    data: str | None,
-    root: str | Path | None,
-    proposed: Mapping[str, Any] | None = None,
+    encoder: EncoderLike, data: str | None, root: str | Path | None, proposed: Mapping[str, Any] | None = None
 ) -> DataConfig:
     """The data section to evaluate on: the named data set's, else the `proposed` one, else the run's own."""
-    folder = None if isinstance(encoder, Encoder) else _folder_of(encoder) or Path(encoder).parent
-    if folder is not None and folder.name == CHECKPOINTS:  # an epoch's encoder, in its run's folder
+    config = data_section(_own_data(encoder), proposed or {}, data=data, root=root)
+    if config is not None:
+        return config
+    if not isinstance(encoder, Encoder) and ":" not in str(encoder) and not Path(encoder).exists():
+        load_encoder(encoder)  # says what is wrong with the path
+    raise UserError(f"--data is missing: name the data set to use, one of {', '.join(sorted(DATASETS))}")
+
+
+def _own_data(encoder: EncoderLike) -> Mapping[str, Any]:
+    """The data section of the run that an encoder is from, if it lies in one."""
+    if isinstance(encoder, Encoder):
+        return {}
+    folder = _folder_of(encoder) or Path(encoder).parent
+    if folder.name == CHECKPOINTS:  # an epoch's encoder, in its run's folder
         folder = folder.parent
-    own: dict[str, Any] = {}
-    if folder is not None and (folder / CONFIG).is_file():
-        own = yaml.safe_load((folder / CONFIG).read_text()).get("data", {})
-    if proposed and data in (None, proposed.get("name")):
-        # Of the run's own section, where the same data lie is still true.
-        own = {**(own if own.get("name") == proposed.get("name") else {}), **proposed}
-    if data is None and not own:
-        raise UserError(f"--data is missing: name the data set to use, one of {', '.join(sorted(DATASETS))}")
-    if data is not None and data not in DATASETS:
-        raise UserError(f"--data {data}: no such data set; known: {', '.join(sorted(DATASETS))}")
-    if data is not None and own.get("name") != data:
-        own = {"name": data}
-    # `limit` shortens pretraining, not what an evaluation is measured on.
-    changed = {**own, "limit": None, **({"root": str(root)} if root is not None else {})}
-    return DataConfig.model_validate(changed)
+    file = folder / CONFIG
+    if not file.is_file():
+        return {}
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{file}: not valid YAML ({error}); restore it, or move the encoder out of this folder"
+        ) from None
+    section = content.get("data") if isinstance(content, Mapping) else None
+    return section if isinstance(section, Mapping) else {}
 
 
-def _loaded(encoder: str | Path | Encoder, data: str | None) -> Encoder:
-    """The encoder; a released checkpoint, which does not say what images it wants, gets the data set's constants."""
+def open_encoder(encoder: EncoderLike, data: str) -> Encoder:
+    """The encoder that is given, or of that path or name, as `load_encoder` has it.
+
+    A fixed map, or a released checkpoint, does not say what images it wants: it is given the constants of the data set
+    `data`. Raises UserError.
+    """
     if isinstance(encoder, Encoder):
         return encoder
-    known = DATASETS.get(data or "")
+    known = DATASETS[data]
     if str(encoder).startswith(BASELINE):
-        if known is None:
-            raise UserError(f"--data is missing: {encoder} takes the images' size and normalisation from the data set")
         return baseline_encoder(str(encoder), size=known.size or 224, mean=known.mean, std=known.std)
-    return load_encoder(encoder, released=ReleasedInput(known.size, known.mean, known.std) if known else None)
+    return load_encoder(encoder, released=ReleasedInput(known.size, known.mean, known.std))
 
 
-def _folder_of(encoder: str | Path | Encoder) -> Path | None:
+def _folder_of(encoder: EncoderLike) -> Path | None:
     """The run folder that an encoder is given by, if it is."""
     return Path(encoder) if not isinstance(encoder, Encoder) and Path(encoder).is_dir() else None
 
@@ -240,39 +284,3 @@ def flat(overrides: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             pairs[f"{prefix}{key}"] = value
     return pairs
-
-
-def _check_evaluations(on: Iterable[str]) -> None:
-    unknown = [name for name in on if name not in EVALUATIONS]
-    if unknown:
-        raise UserError(f"--on {','.join(unknown)}: no such evaluation; known: {', '.join(sorted(EVALUATIONS))}")
-
-
-def _settings_of(evaluation: str, settings: Mapping[str, Any], *, folder: Path | None) -> Any:
-    """One evaluation's settings out of {"knn.k": 5, ...}; `folder`, where it has that setting, is the run folder."""
-    from pydantic import ValidationError
-
-    place = {"folder": folder} if folder is not None and "folder" in EVALUATIONS[evaluation].config.model_fields else {}
-    given = {key.partition(".")[2]: value for key, value in settings.items() if key.partition(".")[0] == evaluation}
-    foreign = [key for key in settings if key.partition(".")[0] not in EVALUATIONS]
-    if foreign:
-        raise UserError(f"{', '.join(foreign)}: settings are written EVALUATION.key=value, for example knn.k=5")
-    try:
-        return EVALUATIONS[evaluation].config.model_validate({**place, **given})
-    except ValidationError as error:
-        known = ", ".join(sorted(EVALUATIONS[evaluation].config.model_fields))
-        problems = "; ".join(f"{evaluation}.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise UserError(f"{problems} (known settings: {known})") from None
-
-
-def _write_features(path: Path, features: Features, source: ImageSource) -> None:
-    import numpy as np
-
-    arrays: dict[str, Any] = {"features": features.x.cpu().numpy()}
-    if features.y is not None:
-        arrays |= {"labels": features.y.cpu().numpy(), "classes": np.array(features.classes)}
-    if source.paths is not None:
-        arrays["files"] = np.array([str(path) for path in source.paths])
-    beside = path.with_suffix(".part.npz")
-    np.savez(beside, **arrays)
-    os.replace(beside, path)

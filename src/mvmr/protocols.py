@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from mvmr.data.datasets import DATASETS
+from mvmr.data.sources import DataConfig
 from mvmr.errors import UserError, nearest
 from mvmr.types import Section
 
@@ -39,7 +42,10 @@ def load_protocol(recipe: str | Path) -> Protocol:
     if str(recipe) in names:
         text = (resources.files("mvmr.recipes") / FOLDER / f"{recipe}.yaml").read_text()
     elif Path(recipe).is_file():
-        text = Path(recipe).read_text()
+        try:
+            text = Path(recipe).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{recipe}: no YAML file ({error})") from None
     else:
         raise UserError(
             f"--recipe {recipe}: no evaluation recipe of that name and no YAML file{nearest(str(recipe), names)}; "
@@ -53,3 +59,28 @@ def load_protocol(recipe: str | Path) -> Protocol:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
         known = ", ".join(Protocol.model_fields)
         raise UserError(f"{recipe}: {problems}; an evaluation recipe has the keys {known}") from None
+
+
+def data_section(
+    own: Mapping[str, Any], proposed: Mapping[str, Any], *, data: str | None, root: str | Path | None
+) -> DataConfig | None:
+    """The data to evaluate on: named by `data`, else by a recipe's `proposed` section, else by the run's `own`.
+
+    What the run and then the recipe say of that data set holds, and so does what a recipe says without a name; sections
+    of other data sets do not. None where nothing names one. Raises UserError for unknown names, keys and values.
+    """
+    if data is not None and data not in DATASETS:
+        raise UserError(f"--data {data}: no such data set; known: {', '.join(sorted(DATASETS))}")
+    name = data or proposed.get("name") or own.get("name")
+    if name is None:
+        return None
+    # `limit` shortens pretraining, not what an evaluation is measured on.
+    section = {**own, "limit": None} if own.get("name") == name else {"name": name}
+    section |= {**proposed, "limit": None} if proposed.get("name", name) == name else {}
+    if root is not None:
+        section["root"] = str(root)
+    try:
+        return DataConfig.model_validate(section)
+    except ValidationError as error:
+        problems = "; ".join(f"data.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise UserError(f"{problems}; mend the data section of the recipe or of the run's config.yaml") from None

@@ -85,7 +85,8 @@ class Result:
     fingerprint: str = ""
     """Of the encoder, the images and the settings: equal where the same evaluation would be made again."""
     outcomes: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
-    """{metric: [M]}, what each test image contributed, in the order of the split; kept beside the JSON, not in it."""
+    """{metric: [M]}, what each test image contributed, in the order of the split, but for images that the evaluation
+    leaves out by their labels; kept beside the JSON, not in it."""
     statistics: Mapping[str, Callable[[Tensor], float]] = field(default_factory=dict, compare=False, repr=False)
     """{metric: function of positions of test images}, for metrics that are no mean over images; not kept."""
     images: int = 0

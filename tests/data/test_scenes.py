@@ -6,7 +6,6 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +13,10 @@ import torch
 
 from mvmr.data.coco import COCO_LAYOUT, draw_outline, read_coco
 from mvmr.data.layouts import Wanted
-from mvmr.data.scenes import SCENES, SceneSource, open_scenes
+from mvmr.data.scenes import SceneSource, open_scenes
 from mvmr.data.sources import DataConfig
 from mvmr.data.voc import VOC_CLASSES
-from mvmr.data.voc_scenes import VOC0712_LAYOUT, read_voc0712
+from mvmr.data.voc_scenes import VOC0712_LAYOUT, VOC12_LAYOUT, read_voc0712
 from mvmr.types import UserError
 from scene_files import COLOURS, voc_annotation, write_coco, write_voc_squares
 
@@ -137,18 +136,22 @@ def test_masks_are_drawn_by_cocos_tool() -> None:
     assert not draw_outline([], 4, 4).any()
 
 
-def test_other_annotations_find_their_images(tmp_path: Path) -> None:
-    root = write_coco(tmp_path / "coco")
-    content = json.loads((root / "annotations" / "instances_train2017.json").read_text())
-    for image in content["images"]:  # names that val2017 does not have
-        (root / "train2017" / image["file_name"]).rename(root / "train2017" / f"t{image['file_name']}")
-        image["file_name"] = f"t{image['file_name']}"
-    content["images"] = content["images"][4:]
-    content["annotations"] = [a for a in content["annotations"] if a["image_id"] > 4]
-    (tmp_path / "few.json").write_text(json.dumps(content))
-    source = open_scenes(config(tmp_path, "coco"), "test", annotations=tmp_path / "few.json")
-    assert [source[i].name for i in range(2)] == ["train2017/t000005.png", "train2017/t000006.png"]
-    assert len(source) == 2
+def test_voc12_tests_on_val(tmp_path: Path) -> None:
+    base = write_voc_squares(tmp_path, train=5, year="VOC2012") / "VOCdevkit" / "VOC2012"
+    names = [f"{number:06d}\n" for number in range(5)]
+    (base / "ImageSets/Main/train.txt").write_text("".join(names[:3]))
+    (base / "ImageSets/Main/val.txt").write_text("".join(names[3:]))
+    for root in (tmp_path, tmp_path / "VOCdevkit", base):
+        train, test = (open_scenes(config(root, "voc12"), split) for split in ("train", "test"))
+        assert [objects.file for objects in test.objects] == [f"VOC2012/JPEGImages/00000{n}.jpg" for n in (3, 4)]
+        assert len(train) == 3
+    labelled = read_voc0712(Wanted("voc12", "test", tmp_path, VOC12_LAYOUT))
+    for index in range(2):
+        assert labelled.labels[index].nonzero()[:, 0].tolist() == sorted(set(test[index].labels.tolist()))
+    assert len(read_voc0712(Wanted("voc12", "pretrain", tmp_path, VOC12_LAYOUT))) == 5
+    (base / "ImageSets/Main/val.txt").unlink()
+    with pytest.raises(UserError, match=r"val\.txt is missing"):
+        open_scenes(config(tmp_path, "voc12"), "test")
 
 
 def test_the_fingerprint_is_of_what_is_there(tmp_path: Path) -> None:
@@ -198,44 +201,6 @@ def test_what_is_wrong_with_voc(tmp_path: Path) -> None:
         open_scenes(config(root, "voc07"), "train")
     with pytest.raises(UserError, match=r"data\.root is not set"):
         open_scenes(DataConfig(name="voc07"), "train")
-
-
-def changed(file: Path, **changes: Any) -> None:
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-
-
-def test_what_is_wrong_with_coco(tmp_path: Path) -> None:
-    root = write_coco(tmp_path)
-    file = root / "annotations" / "instances_train2017.json"
-    good = file.read_text()
-    one = json.loads(good)["annotations"][0]
-    for changes, message in (
-        ({"annotations": [{**one, "category_id": 5}]}, "annotation 1 is of an image or category that is not there"),
-        ({"annotations": [{**one, "bbox": [1, 2, -3, 4]}]}, "annotation 1 has a bbox that is none"),
-        ({"annotations": [{"id": 1}]}, "no file of COCO's instances: KeyError"),
-        ({"images": [], "annotations": []}, "has no images"),
-        ({"images": 3}, "give a file of instances"),
-    ):
-        changed(file, **changes)
-        with pytest.raises(UserError, match=rf"instances_train2017\.json.*{message}"):
-            open_scenes(config(root, "coco"), "train")
-        file.write_text(good)
-    changed(file, annotations=[{**one, "segmentation": [[1, 2, 3]]}])
-    with pytest.raises(UserError, match=r"data\.root: .*000001\.png: a polygon has 3 numbers"):
-        open_scenes(config(root, "coco"), "train", masks=True)[0]
-    file.write_text("{")
-    with pytest.raises(UserError, match="is no JSON"):
-        open_scenes(config(root, "coco"), "train")
-    file.write_text(good)
-    (root / "train2017" / "000002.png").unlink()
-    with pytest.raises(UserError, match=r"train2017.000002\.png is missing, one of 1 of the 6"):
-        open_scenes(config(root, "coco"), "train")
-    with pytest.raises(UserError, match=r"none\.json does not exist.*mvmr splits"):
-        open_scenes(config(root, "coco"), "train", annotations=tmp_path / "none.json")
-    file.unlink()
-    with pytest.raises(UserError, match=r"instances_train2017\.json is missing[\s\S]*data\.root=ROOT"):
-        open_scenes(config(root, "coco"), "train")
-    assert set(SCENES) >= {"voc07", "voc0712", "coco"}
 
 
 def test_as_one_class(tmp_path: Path) -> None:

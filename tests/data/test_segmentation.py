@@ -60,6 +60,38 @@ def test_the_augmented_list_and_the_year_2007(tmp_path: Path) -> None:
     listed = tmp_path / "VOCdevkit/VOC2012/ImageSets/Segmentation/train_aug.txt"
     listed.write_text("/JPEGImages/000007.jpg /SegmentationClassAug/000007.png\n")
     assert numbers(open_segmentation(at(tmp_path), "train")) == [7]
+    listed.rename(listed.with_name("trainaug.txt"))
+    with pytest.warns(UserWarning, match=r"train_aug\.txt is missing, so the augmented set is left out"):
+        assert numbers(open_segmentation(at(tmp_path), "train")) == [1, 2]
+    assert numbers(open_segmentation(at(tmp_path), "test")) == [3]  # has nothing to do with it
+    voc12 = at(tmp_path).model_copy(update={"name": "voc12"})
+    assert numbers(open_segmentation(voc12, "test")) == [3]
+    shutil.rmtree(tmp_path / "VOCdevkit/VOC2012")
+    for root in (tmp_path, tmp_path / "VOCdevkit/VOC2007"):
+        with pytest.raises(UserError, match=r"holds no label maps of VOC2012(.|\n)*ROOT/VOCdevkit/VOC2012/\n"):
+            open_segmentation(voc12.model_copy(update={"root": root}), "test")
+    write_voc_masks(tmp_path / "b", {"train": [1], "val": [2]})
+    with pytest.raises(UserError, match=r"data\.name=voc07 needs(.|\n)*ROOT/VOCdevkit/VOC2007/\n"):
+        open_segmentation(at(tmp_path / "b", "voc07"), "train")
+
+
+def test_fingerprints_are_of_the_labels_wherever_they_lie(tmp_path: Path) -> None:
+    write_voc_masks(tmp_path / "a", {"train": [1, 2], "val": [3]})
+    write_coco(tmp_path / "a" / "coco", {"train2017": [1, 2], "val2017": [3]})
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)  # other times of change
+    for below in ("", "coco"):
+        first, second = (open_segmentation(at(tmp_path / name / below), "train") for name in ("a", "b"))
+        assert (
+            first.fingerprint == second.fingerprint != open_segmentation(at(tmp_path / "a" / below), "test").fingerprint
+        )
+    coco = open_segmentation(at(tmp_path / "a", "coco"), "train")  # also beside VOC
+    assert coco.classes == ("background", "red", "green", "blue")
+    before = open_segmentation(at(tmp_path / "a"), "train").fingerprint
+    mask = tmp_path / "b/VOCdevkit/VOC2012/SegmentationClass/000001.png"
+    size = mask.stat().st_size
+    mask.write_bytes(mask.read_bytes()[:-1] + b"x")
+    assert mask.stat().st_size == size
+    assert open_segmentation(at(tmp_path / "b"), "train").fingerprint != before
 
 
 def test_mistakes_in_voc_are_named(tmp_path: Path) -> None:
@@ -95,7 +127,7 @@ def test_mistakes_in_voc_are_named(tmp_path: Path) -> None:
 def test_roots_that_hold_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.root is not set"):
         open_segmentation(DataConfig(name="images"), "train")
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match=r"absent does not hold images\.(.|\n)*Found: no "):
         open_segmentation(at(tmp_path / "absent"), "train")
     with pytest.raises(UserError, match=r"holds no label maps(.|\n)*instances_train"):
         open_segmentation(at(tmp_path), "train")
@@ -147,9 +179,9 @@ def test_other_annotations_for_a_split(tmp_path: Path) -> None:
     for name in (part, Path(part.name)):
         assert numbers(open_segmentation(at(root), "test", annotations=name)) == [2, 3]
     assert numbers(open_segmentation(at(root), "train")) == [1, 2, 3]  # the usual name before the others
-    with pytest.raises(UserError, match=r"instances_val2017\.json.*holds no such file.*semantic\.test_annotations"):
+    with pytest.raises(UserError, match=r"instances_val2017\.json is missing.*EVALUATION\.test_annotations=FILE"):
         open_segmentation(at(root), "test")
-    with pytest.raises(UserError, match=r"absent\.json: no such file"):
+    with pytest.raises(UserError, match=r"absent\.json does not exist, nor"):
         open_segmentation(at(root), "test", annotations=Path("absent.json"))
 
 
@@ -161,7 +193,7 @@ def test_mistakes_in_coco_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"2\.png is missing, one of 1 of the 2"):
         open_segmentation(at(root), "train")
     shutil.rmtree(root / "train2017")
-    with pytest.raises(UserError, match=r"1\.png, the first image of .* is neither in"):
+    with pytest.raises(UserError, match=r"1\.png is missing, one of 2 of the 2 images"):
         open_segmentation(at(root), "train")
 
 

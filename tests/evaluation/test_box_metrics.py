@@ -215,6 +215,19 @@ def test_an_image_that_is_drawn_twice_counts_twice() -> None:
         np.testing.assert_array_equal(own[kind].average_precision(index, [5]), expected[5:6])
 
 
+def test_a_class_that_a_resample_lacks_keeps_its_value() -> None:
+    images = some_images(ties=False)
+    lacking = torch.tensor([i for i, (scene, _) in enumerate(images) if 0 not in scene.labels[~scene.ignored]])
+    assert len(lacking) > 1
+    for kind, own in measured(images).matches().items():
+        whole, part = own.average_precision(), own.average_precision(lacking)
+        assert np.isnan(part[:, 0]).all(), kind
+        part[:, 0] = whole[:, 0]
+        assert own.mean(lacking) == pytest.approx(part.mean())
+        assert own.mean(lacking, slice(5, 6)) == pytest.approx(part[5].mean())
+        assert own.mean(torch.arange(len(images))) == pytest.approx(whole.mean())
+
+
 def test_intervals_hold_the_value_and_are_told() -> None:
     computed = measured(some_images(40, ties=False)).compute()
     found = with_intervals(computed.also(n_train=3.0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
 
 from mvmr.data.scenes import open_scenes
 from mvmr.data.sources import DataConfig
 from mvmr.evaluation import Workplace
 from mvmr.evaluation.detection import DetectionConfig, detection
 from mvmr.evaluation.detector_batches import as_taken, mirrored, step_images
-from mvmr.evaluation.detector_training import DETECTOR_FILE, _rate, trained_detector
+from mvmr.evaluation.detector_training import DETECTOR_FILE, trained_detector
 from mvmr.evaluation.instance import InstanceConfig, instance
 from mvmr.evaluation.resume import FILE
 from mvmr.nets.cards import Encoder, EncoderCard
@@ -26,6 +28,7 @@ from mvmr.nets.encoders import EncoderConfig
 from mvmr.nets.weights import random_encoder
 from mvmr.types import RunError, UserError
 from scene_files import write_coco, write_voc_squares
+from states import same, state
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
@@ -62,14 +65,6 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     return data_at(write_coco(tmp_path_factory.mktemp("coco"), train=8, val=8), "coco")
 
 
-def state(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
-
-
 def test_it_learns_squares_and_leaves_the_encoder_alone(voc: DataConfig, tmp_path: Path) -> None:
     encoder = tiny()
     encoder.backbone.layer1.train()  # a mode of its own, to be found again
@@ -91,10 +86,14 @@ def test_it_learns_squares_and_leaves_the_encoder_alone(voc: DataConfig, tmp_pat
     assert [part.training for part in encoder.modules()] == flags
     assert all(parameter.grad is None for parameter in encoder.parameters())
     assert torch.equal(torch.get_rng_state(), drawn)
-    assert not (tmp_path / FILE).exists()  # nothing is left to resume
+    assert ("measuring batch norm for detection", 5, 5) in seen
     with safe_open(str(tmp_path / DETECTOR_FILE), "pt") as file:
         card = json.loads(file.metadata()["mvmr_detector"])
-        assert any(not torch.equal(file.get_tensor(key), torch.zeros(1)) for key in file.keys())  # noqa: SIM118
+    kept = torch.load(tmp_path / FILE, weights_only=True)["state"]["detector"]  # left for the session to remove
+    saved = load_file(tmp_path / DETECTOR_FILE)
+    assert saved.keys() == kept.keys()
+    for key, value in saved.items():  # but for what was measured anew after the last step
+        assert torch.equal(value, kept[key]) or "running_" in key or "num_batches" in key, key
     assert (card["evaluation"], card["data"], len(card["classes"])) == ("detection", "voc07/train", 20)
 
 
@@ -136,6 +135,7 @@ def test_a_killed_training_ends_as_if_it_had_not_been(
         place = Workplace(CPU, out=tmp_path / "killed", progress=lambda told, *_: seen.append(told))
         assert evaluated(encoder, data, config, place) == whole
         assert not any(told.startswith("training for") for told in seen)  # it had ended when it was killed again
+        assert (tmp_path / "killed" / FILE).exists()  # the result is not written yet
         first, second = ((tmp_path / of / DETECTOR_FILE).read_bytes() for of in ("whole", "killed"))
         assert first == second
         other = config.model_copy(update={"seed": 1})
@@ -196,25 +196,6 @@ def test_precise_batch_norm_is_the_mean_over_batches(voc: DataConfig) -> None:
     torch.testing.assert_close(measured[1], torch.stack([each.var(1) for each in seen]).mean(0), atol=1e-5, rtol=1e-4)
 
 
-def test_order_flips_and_rates() -> None:
-    config = DetectionConfig(iterations=24_000)
-    usable = [5, 6, 7, 8, 9, 11]
-    places = [pair for step in range(4) for pair in step_images(usable, step, batch_size=16, flip=True, seed=0)]
-    for epoch in range(10):
-        assert sorted(position for position, _ in places[6 * epoch : 6 * epoch + 6]) == usable
-    assert {flip for _, flip in places} == {True, False}
-    assert places[:6] != places[6:12]
-    assert step_images(usable, 12, batch_size=4, flip=True, seed=0) == places[48:52]
-    assert step_images(usable, 0, batch_size=16, flip=True, seed=1) != places[:16]
-    straight = [pair for step in range(4) for pair in step_images(usable, step, batch_size=16, flip=False, seed=0)]
-    assert straight == [(position, False) for position, _ in places]
-    rates = [_rate(config, step) for step in (0, 100, 17_999, 18_000, 21_999, 22_000, 23_999)]
-    assert rates == pytest.approx([2e-5, 0.02, 0.02, 2e-3, 2e-3, 2e-4, 2e-4])
-    assert _rate(config.model_copy(update={"batch_size": 4}), 100) == pytest.approx(0.005)
-    assert _rate(InstanceConfig(), 60_000) == pytest.approx(2e-3)
-    assert _rate(InstanceConfig(), 80_000) == pytest.approx(2e-4)
-
-
 def test_what_a_detector_is_given(coco: DataConfig) -> None:
     scene = open_scenes(coco, "train", masks=True)[0]
     turned = mirrored(scene)
@@ -257,15 +238,26 @@ def test_mistakes_are_named(voc: DataConfig, coco: DataConfig, tmp_path: Path) -
     content = json.loads((coco.root / "annotations/instances_val2017.json").read_text())
     for change, message in (
         ({"categories": content["categories"] + [{"id": 99, "name": "dog"}]}, "different classes: dog"),
-        ({"annotations": []}, r"detection\.test_annotations: coco/test has no object that counts"),
+        ({"annotations": []}, r"coco/test has no object that counts.*files as detection\.train_annotations"),
     ):
         (tmp_path / "other.json").write_text(json.dumps({**content, **change}))
         with pytest.raises(UserError, match=message):
             detection(tiny(), coco, config.model_copy(update={"test_annotations": tmp_path / "other.json"}), place)
     with pytest.raises(UserError, match=r"detection: levels=\[2, 7\]"):
         detection(tiny(), voc, config.model_copy(update={"levels": (2, 7)}), place)
-    with pytest.raises(UserError, match="drops lie between"):
-        detection(tiny(), voc, config.model_copy(update={"drops": (3.0,)}), place)
+    for wrong, message in (
+        ({"drops": (3.0,)}, "give shares between 0 and 1, in order"),
+        ({"drops": (0.9, 0.7)}, "in order"),
+        ({"train_sizes": (64, 8)}, "greater than or equal to 16"),
+        ({"train_sizes": ()}, "at least 1 item"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            InstanceConfig(**wrong)
+    shutil.copytree(voc.root, tmp_path / "voc")
+    for file in (tmp_path / "voc/VOCdevkit/VOC2007/Annotations").iterdir():
+        file.write_text(file.read_text().replace("<difficult>0<", "<difficult>1<"))
+    with pytest.raises(UserError, match=r"voc07/test has no object that counts; put the whole archive"):
+        detection(tiny(), data_at(tmp_path / "voc"), config, place)
     with pytest.raises(RunError, match=r"loss is (nan|inf).*lower detection\.lr"):
         detection(tiny(), voc, config.model_copy(update={"lr": 1e30, "warmup": 0}), place)
 

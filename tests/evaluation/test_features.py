@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from mvmr.data.sources import ArraySource
-from mvmr.evaluation.features import accuracies, extract, features_of, labelled_pair
+from mvmr.evaluation.features import accuracies, extract, features_of, labelled_pair, placed, write_features
 from mvmr.nets.encoders import EncoderConfig
 from mvmr.nets.weights import Encoder, EncoderCard, random_encoder
 from mvmr.ops.modes import evaluating
@@ -140,3 +142,59 @@ def test_what_cannot_be_evaluated() -> None:
     with pytest.raises(RunError, match="test split has features that are not finite"):
         labelled_pair(good, Features(x / 0, y))
     assert labelled_pair(Features(x, y, tuple("abcd")), good)[2] == 4
+
+
+def test_scores_that_are_not_finite_are_no_accuracy() -> None:
+    y = torch.arange(5)
+    for wrong in (torch.nan, torch.inf):
+        scores = torch.randn(5, 10, generator=torch.Generator().manual_seed(0))
+        scores[3, 7] = wrong
+        with pytest.raises(RunError, match="scores of the test images are not finite"):
+            accuracies(scores, y)
+
+
+def test_an_encoder_is_put_back_where_it_was() -> None:
+    class Watched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.places = nn.Parameter(torch.ones(1)), []
+
+        def to(self, *places: object, **rest: object) -> Watched:
+            self.places.append(str(places[0]))
+            return self
+
+    net = Watched()
+    for place in ("cuda:3", "cpu"):
+        with placed(net, place):
+            assert net.places.pop() == place
+        assert net.places == ["cpu"]
+        net.places.clear()
+    with pytest.raises(KeyboardInterrupt), placed(net, "cuda:3"):
+        raise KeyboardInterrupt
+    assert net.places == ["cuda:3", "cpu"]
+    with placed(nn.Identity(), "cpu"):  # nothing to move
+        pass
+
+
+@pytest.mark.gpu
+def test_an_encoder_comes_back_from_the_gpu() -> None:
+    encoder, images = small_encoder(), some_images()
+    extract(encoder, batches_of(images, torch.arange(20)), device="cuda")
+    assert {value.device.type for value in encoder.state_dict().values()} == {"cpu"}
+
+
+def test_features_as_a_file(tmp_path: Path) -> None:
+    features = Features(torch.arange(6.0).view(3, 2), torch.tensor([0, 1, 0]), ("a", "b"))
+    file = tmp_path / "new/x.npz"
+    write_features(file, features, ["one.png", "two.png", "three.png"])
+    with np.load(file, allow_pickle=False) as content:
+        assert content["features"].tolist() == features.x.tolist()
+        assert (content["labels"].tolist(), content["classes"].tolist()) == ([0, 1, 0], ["a", "b"])
+        assert content["files"].tolist() == ["one.png", "two.png", "three.png"]
+    write_features(file, Features(features.x))
+    with np.load(file) as content:
+        assert content.files == ["features"]
+    (tmp_path / "folder.npz").mkdir()
+    with pytest.raises(RunError, match=r"folder.npz: cannot be written"):
+        write_features(tmp_path / "folder.npz", features)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder.npz", "new", "x.npz"]

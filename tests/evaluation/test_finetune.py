@@ -5,62 +5,23 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
-from mvmr.data.images import ArraySource, FileSource, ImageSource, subset
+from evaluation.short_finetuning import CPU, digits, same, state, tiny, tuned
+from mvmr.data.images import ArraySource, FileSource, subset
 from mvmr.data.label_subsets import stratified
 from mvmr.data.loading import Loader
-from mvmr.data.sources import DataConfig, open_source
 from mvmr.data.store import prepare
 from mvmr.data.views import PadCrop, View, ViewMaker, Views, view_settings
-from mvmr.evaluation import EVALUATIONS, Workplace
+from mvmr.evaluation import Workplace
 from mvmr.evaluation.features import features_of
-from mvmr.evaluation.finetune import FinetuneConfig, finetune, parameter_groups, positions
+from mvmr.evaluation.finetune import FinetuneConfig, finetune, parameter_groups
 from mvmr.evaluation.head import HeadConfig, head, load_head
-from mvmr.nets.encoders import EncoderConfig
-from mvmr.nets.weights import Encoder, EncoderCard, load_encoder, random_encoder
-from mvmr.types import RunError, UserError
-
-CPU = Workplace(torch.device("cpu"))
-# A run of a second or so that learns something.
-SHORT: dict[str, Any] = {"fraction": 0.1, "epochs": 2, "batch_size": 32, "encoder_lr": 1e-2}
-
-
-def digits(split: str) -> ImageSource:
-    return open_source(DataConfig(name="digits"), split, size=16)
-
-
-def tiny(name: str = "resnet18", **changes: Any) -> Encoder:
-    resnet = {"stem": "mvmr", "width": 0.125, "zero_init_residual": False} if name == "resnet18" else {}
-    card = EncoderCard(
-        encoder=EncoderConfig(name=name, **resnet), dim=64, image_size=16, mean=(0.3,) * 3, std=(0.4,) * 3,
-        method="mvmr", data="digits", version="0",
-    )  # fmt: skip
-    card = card.model_copy(update=changes)
-    return Encoder(random_encoder(card, seed=0).backbone, card).eval()
-
-
-def state(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
-
-
-def tuned(out: Path, encoder: Encoder | None = None, **changes: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Weights of encoder and head after a short run, and its metrics."""
-    place = Workplace(CPU.device, out=out)
-    config = FinetuneConfig(**{**SHORT, **changes})
-    metrics = finetune(encoder or tiny(), digits("train"), digits("test"), config, place)
-    saved = load_head(out)
-    weights = state(load_encoder(out).backbone) | {"head.weight": saved.weight, "head.bias": saved.bias}
-    return weights, metrics
+from mvmr.nets.weights import load_encoder
 
 
 def test_it_learns_from_few_labels_and_leaves_the_encoder_alone() -> None:
@@ -232,80 +193,6 @@ def test_the_views_that_are_trained_on() -> None:
     assert view.jitter == view_settings("multicrop", size=64).crops["global"].jitter
 
 
-def test_small_subsets(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="batch_size is 128, and there are 10 images"):
-        _, metrics = tuned(tmp_path, fraction=None, labels_per_class=1, batch_size=128, epochs=1)
-    assert metrics["n_train"] == 10
-    with pytest.raises(UserError, match=r"batch norm cannot be trained on one; .*freeze_batch_norm=true"):
-        tuned(tmp_path, batch_size=1)
-    _, metrics = tuned(tmp_path, fraction=0.005, batch_size=1, epochs=1, freeze_batch_norm=True)
-    assert metrics["n_train"] == 10  # 6.5, but one of each class
-    _, metrics = tuned(tmp_path, fraction=0.005, batch_size=1, epochs=1, freeze_encoder=True)
-
-
-def test_all_labels_by_default() -> None:
-    train = digits("train")
-    assert positions(train, FinetuneConfig()).tolist() == list(range(1297))
-    assert len(positions(train, FinetuneConfig(labels_per_class=3))) == 30
-    assert positions(train, FinetuneConfig(labels_per_class=3, seed=1)).tolist() != positions(
-        train, FinetuneConfig(labels_per_class=3)).tolist()  # fmt: skip
-
-
-def test_the_papers_settings_are_the_defaults() -> None:
-    config = FinetuneConfig()
-    assert (config.epochs, config.batch_size, config.optimizer, config.encoder_lr) == (100, 128, "adam", 1e-4)
-    assert (config.head_lr, config.fraction) == (None, None)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"fraction": 0.1, "labels_per_class": 3}, "fraction and labels_per_class are set"),
-        ({"fraction": 0.0}, "greater than 0"),
-        ({"fraction": 1.1}, "less than or equal to 1"),
-        ({"views": "simclrr"}, "did you mean simclr"),
-        ({"freeze_encoder": True, "layer_decay": 0.5}, "layer_decay has no effect"),
-        ({"nesterov": True}, "no effect with optimizer=adam"),
-        ({"momentum": 0.5, "optimizer": "adamw"}, "no effect with optimizer=adamw"),
-        ({"nesterov": True, "momentum": 0.0, "optimizer": "sgd"}, "nesterov needs a momentum"),
-    ],
-)
-def test_settings_that_contradict_each_other(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        FinetuneConfig(**settings)
-
-
-def array(labels: Tensor | None, classes: tuple[str, ...] = ()) -> ArraySource:
-    return ArraySource(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), labels, name="own/train", classes=classes)
-
-
-def test_labels_that_cannot_be_trained_on() -> None:
-    good = array(torch.tensor([0, 1, 0, 1]), ("a", "b"))
-    for train, message in [
-        (array(None), "the train split has no labels"),
-        (array(torch.tensor([0, 1, 0, -1])), "train split has images without label"),
-        (array(torch.zeros(4, 2, dtype=torch.int8), ("a", "b")), "finetune is for one label an image; own/train has"),
-        (array(torch.tensor([0, 1, 0, 1]), ("a", "c")), "different classes"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            finetune(tiny(), train, good, FinetuneConfig(), CPU)
-    with pytest.raises(UserError, match="the test split has no labels"):
-        finetune(tiny(), good, array(None), FinetuneConfig(), CPU)
-
-
-def test_a_net_that_cannot_be_trained() -> None:
-    frozen = tiny()
-    frozen.requires_grad_(False)
-    with pytest.raises(UserError, match=r"no parameter of the encoder .*freeze_encoder=true"):
-        finetune(frozen, digits("train"), digits("test"), FinetuneConfig(**SHORT), CPU)
-
-
-def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"the loss is (nan|inf) in epoch 1; lower finetune.encoder_lr"):
-        tuned(tmp_path, encoder_lr=1e30, optimizer="sgd")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_transformer_with_dropped_paths_repeats() -> None:
     encoder = tiny("timm:test_vit", image_size=160, dim=64)
     for block in encoder.backbone.blocks:
@@ -326,9 +213,3 @@ def test_on_a_gpu_in_half_precision(tmp_path: Path) -> None:
     assert finetune(encoder, digits("train"), digits("test"), config, place)["top1"] > 50
     assert same(state(encoder), before)
     assert load_encoder(tmp_path).backbone.conv1.weight.dtype == torch.float32
-
-
-def test_the_table_has_it() -> None:
-    assert EVALUATIONS["finetune"].on == "images"
-    assert EVALUATIONS["finetune"].function is finetune
-    assert EVALUATIONS["finetune"].config is FinetuneConfig

@@ -3,7 +3,6 @@ from __future__ import annotations
 import math
 import warnings
 
-import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -229,18 +228,17 @@ def test_only_the_chosen_images_are_used(function, config: Section, monkeypatch:
     assert rows[0] != rows[2]
 
 
-def test_every_image_of_a_class_may_be_chosen_and_fewer_are_a_subset() -> None:
+@pytest.mark.parametrize("kind", [LinearConfig, LinearFastConfig])
+def test_all_evaluations_with_few_labels_draw_the_same_images(kind: type[LinearConfig | LinearFastConfig]) -> None:
+    from mvmr.data.images import ArraySource
+    from mvmr.evaluation.finetune import FinetuneConfig, positions
     from mvmr.evaluation.linear import _some_labels
 
-    x, y = torch.arange(30.0)[:, None], torch.arange(30) % 3
-    few, more, everything = (_some_labels(x, y, (), n, torch.Generator().manual_seed(3))[0] for n in (2, 5, 10))
-    assert set(few.flatten().tolist()) < set(more.flatten().tolist())
-    assert torch.equal(everything, x)
-    drawn = torch.cat([_some_labels(x, y, (), 1, torch.Generator().manual_seed(s))[0] for s in range(400)]).flatten()
-    counts = drawn.long().bincount(minlength=30).numpy()
-    # 400 draws of one in ten for each class: chi-square of 27 degrees of freedom is below 60 but for one time in 4000.
-    assert ((counts - 40.0) ** 2 / 40.0).sum() < 60
-    assert np.count_nonzero(counts) == 30
+    y = torch.arange(30) % 3
+    source = ArraySource(torch.zeros(30, 3, 4, 4, dtype=torch.uint8), y, name="own/train", classes=("a", "b", "c"))
+    x, labels = _some_labels(torch.arange(30.0)[:, None], y, source.classes, kind(labels_per_class=3, seed=2))
+    assert x.flatten().long().tolist() == positions(source, FinetuneConfig(labels_per_class=3, seed=2)).tolist()
+    assert torch.equal(labels, y[x.flatten().long()])
 
 
 @pytest.mark.parametrize(("function", "config"), CASES)

@@ -17,6 +17,7 @@ from torch import Tensor
 from mvmr.evaluation import logistic as module
 from mvmr.evaluation.intervals import mean_interval
 from mvmr.evaluation.logistic import LogisticConfig, drawn, logistic, mean_of_draws
+from mvmr.evaluation.measured import with_intervals
 from mvmr.evaluation.regularisation import STRENGTHS, UNCHOSEN, chosen_l2
 from mvmr.types import Features, RunError, UserError
 
@@ -97,6 +98,13 @@ def test_what_is_said_of_the_draws() -> None:
     of_images = mean_interval(100.0 * found.correct.double().mean(0))
     assert of_images.value == pytest.approx(metrics["top1"])
     assert of_images.low < of_images.value < of_images.high
+
+
+def test_no_difference_is_told_that_leaves_the_draws_out() -> None:
+    train, test = digits_split()
+    metrics = logistic(train, test, LogisticConfig(labels_per_class=3, draws=2, l2=1.0))
+    assert metrics.outcomes == {}
+    assert with_intervals(metrics) == dict(metrics)  # Student's, over draws, as they are
 
 
 def test_the_interval_of_the_mean_covers_it() -> None:

@@ -57,7 +57,7 @@ def test_accuracies_of_the_clean_probe_on_corrupted_images() -> None:
     seen: list[tuple[str, int, int]] = []
     place = Workplace(CPU.device, progress=lambda *report: seen.append(report))
     metrics = robustness(encoder, train, test, config, place)
-    assert seen == [("corrupted images of stripes/1", 90, 90)]
+    assert seen == [("features of stripes/0", 160, 160), ("corrupted images of stripes/1", 90, 90)]
     clean = features_of(encoder, train), features_of(encoder, test)
     assert metrics["top1"] == linear_fast(*clean, LinearFastConfig(l2=10.0))["top1"]
     assert metrics["n_train"] == 160

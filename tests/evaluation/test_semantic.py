@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 import mvmr.evaluation.semantic as module
@@ -26,6 +26,7 @@ from mvmr.nets.encoders import EncoderConfig
 from mvmr.nets.segmenters import build_segmenter
 from mvmr.nets.weights import random_encoder
 from mvmr.types import RunError, UserError
+from states import same, state
 
 CPU = torch.device("cpu")
 PLACE = Workplace(CPU)
@@ -48,14 +49,6 @@ def tiny(width: float = 0.0625, name: str = "resnet18") -> Encoder:
 def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     root = write_coco(tmp_path_factory.mktemp("coco"), {"train2017": list(range(12)), "val2017": list(range(50, 56))})
     return DataConfig(name="images", root=root)
-
-
-def state(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def test_the_defaults_are_mocos() -> None:
@@ -96,7 +89,8 @@ def test_it_learns_coloured_squares(data: DataConfig) -> None:
 
 def test_miou_is_of_whole_images_at_their_own_size(data: DataConfig) -> None:
     segmenter = build_segmenter(tiny(), 4, channels=8, seed=1)
-    nn.init.normal_(segmenter.head[-1].weight, std=1.0)  # so that it says more than one class
+    # So that it says more than one class; a seed of its own, whatever ran before.
+    nn.init.normal_(segmenter.head[-1].weight, std=1.0, generator=torch.Generator().manual_seed(8))
     modes = [part.training for part in segmenter.modules()]
     test = open_segmentation(data, "test")
     for short_side in (None, 32):
@@ -118,9 +112,9 @@ class Killed(Exception):
     pass
 
 
-def killed_after(steps: int, out: Path) -> Workplace:
-    def progress(what: str, done: int, total: int) -> None:
-        if what.startswith("training") and done == steps:
+def killed_after(steps: int, out: Path, what: str = "training") -> Workplace:
+    def progress(told: str, done: int, total: int) -> None:
+        if told.startswith(what) and done == steps:
             raise Killed
 
     return Workplace(CPU, out=out, progress=progress)
@@ -144,7 +138,29 @@ def test_a_killed_training_goes_on_bit_for_bit(
     assert dict(resumed) == dict(whole)
     first, second = (load_file(tmp_path / name / "segmenter.safetensors") for name in ("whole", "parts"))
     assert same(first, second)
-    assert sorted(file.name for file in (tmp_path / "parts").iterdir()) == ["segmenter.safetensors"]
+    assert sorted(file.name for file in (tmp_path / "parts").iterdir()) == ["segmenter.safetensors", FILE]
+
+
+def test_a_kill_while_testing_costs_no_step(data: DataConfig, tmp_path: Path) -> None:
+    """At the usual distance between states: the last one is kept without it."""
+    config, seen = SemanticConfig(**SHORT), []
+    with pytest.raises(Killed):
+        semantic(tiny(), data, config, killed_after(2, tmp_path, "testing"))
+    before = (tmp_path / "segmenter.safetensors").read_bytes()
+    again = Workplace(CPU, out=tmp_path, progress=lambda what, done, total: seen.append(what))
+    found = semantic(tiny(), data, config, again)
+    assert set(seen) == {"testing on label maps"}
+    assert (tmp_path / "segmenter.safetensors").read_bytes() == before
+    assert dict(found) == dict(semantic(tiny(), data, config, PLACE))
+
+
+def test_a_full_disk_after_the_training_is_told(
+    data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / module.SEGMENTER_FILE).mkdir()
+    with pytest.raises(RunError, match=r"segmenter\.safetensors: cannot be written.*the training is kept"):
+        semantic(tiny(), data, SemanticConfig(**SHORT), Workplace(CPU, out=tmp_path))
+    assert (tmp_path / FILE).is_file()
 
 
 def test_another_encoder_or_other_images_begin_anew(data: DataConfig, tmp_path: Path) -> None:

@@ -9,23 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 import mvmr.evaluation.cached_features as cached_module
-from mvmr.api import evaluate
-from mvmr.data.datasets import DATASETS
+from mvmr.api import embed, evaluate
 from mvmr.data.sources import DataConfig, open_source
-from mvmr.errors import UserError
+from mvmr.errors import RunError
 from mvmr.evaluation import EVALUATIONS
 from mvmr.evaluation.cached_features import cached_features, encoder_fingerprint
 from mvmr.evaluation.comparison import compare
 from mvmr.evaluation.features import features_of
-from mvmr.evaluation.intervals import mean_interval, paired_interval, statistic_interval
+from mvmr.evaluation.intervals import mean_interval, paired_interval
 from mvmr.evaluation.results import read_result
 from mvmr.nets.encoders import EncoderConfig
 from mvmr.nets.weights import Encoder, EncoderCard, random_encoder, save_encoder
-from mvmr.types import Result
+from mvmr.representations.cache_store import REMEDY
 
 CARD = EncoderCard(
     encoder=EncoderConfig(name="resnet18", stem="mvmr", width=0.0625), dim=32, image_size=16, mean=(0.3, 0.3, 0.3),
@@ -101,6 +99,23 @@ def test_features_are_made_once_and_looked_up_afterwards(passes: list[int]) -> N
     assert not torch.equal(cached_features(random_encoder(CARD, seed=1), source).x, first.x)
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "images"),
+    [
+        ("clustering", {"starts": 1, "iterations": 2}, 500),
+        ("clustering", {"starts": 1, "iterations": 2, "fit": "train"}, 1797),
+        ("retrieval", {"gallery": "test"}, 500),
+        ("knn", {}, 1797),
+        ("diagnostics", {"images": 64, "pair_images": 16, "view_images": 0, "representations": ["pixels"]}, 64),
+    ],
+)
+def test_only_what_is_looked_at_is_extracted(
+    kind: str, settings: dict[str, Any], images: int, passes: list[int]
+) -> None:
+    evaluate(random_encoder(CARD, seed=0), data="digits", on=[kind], settings={kind: settings})
+    assert sum(passes) == images
+
+
 def test_what_changes_features_changes_the_fingerprint() -> None:
     encoder = random_encoder(CARD, seed=0)
     known = encoder_fingerprint(encoder)
@@ -169,29 +184,6 @@ def test_encoders_side_by_side_on_the_same_images(tmp_path: Path) -> None:
     assert back.difference == pytest.approx(-shown.difference)
 
 
-def test_what_is_no_mean_over_images_is_compared_too() -> None:
-    generator = torch.Generator().manual_seed(0)
-    values = [torch.randn(200, generator=generator) + shift for shift in (0.0, 0.5)]
-
-    def result(number: int) -> Result:
-        def median(chosen: Tensor) -> float:
-            return float(values[number][chosen].median())
-
-        measured = {"median": median(torch.arange(200)), "alone": 1.0}
-        statistics = {"median": median} | ({"alone": median} if number else {})
-        return Result("e", "d", "test", measured, {}, f"{number}", 0.0, statistics=statistics, images=200)
-
-    (found,) = compare([result(0), result(1)])
-    expected = statistic_interval(
-        lambda chosen: float(values[1][chosen].median()) - float(values[0][chosen].median()), 200, resamples=1000
-    )
-    assert (found.metric, found.encoder, found.against) == ("median", "1", "0")
-    assert (found.difference, found.low, found.high) == (expected.value, expected.low, expected.high)
-    assert found.is_certain == (expected.low > 0)
-    assert compare([]) == []
-    assert compare([result(0)]) == []
-
-
 def test_finished_results_are_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [save_encoder(tmp_path / f"{seed}.safetensors", random_encoder(CARD, seed=seed).backbone, CARD)
              for seed in (0, 1)]  # fmt: skip
@@ -216,43 +208,51 @@ def test_finished_results_are_taken_up(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_damaged_result_is_made_anew(tmp_path: Path) -> None:
-    encoder = random_encoder(CARD, seed=0)
-    (made,) = evaluate(encoder, data="digits", out=tmp_path)
-    path = tmp_path / "encoder/results/knn-digits.json"
-    assert read_result(path, made.fingerprint) is not None
-    assert read_result(path, "other") is None
-    path.with_suffix(".safetensors").write_bytes(b"x")
-    assert read_result(path, made.fingerprint) is None
-    path.write_text(json.dumps([1]))
-    assert read_result(path, made.fingerprint) is None
-    assert evaluate(encoder, data="digits", out=tmp_path, resume=True)[0].metrics == made.metrics
-
-
-def test_mistakes_are_named_before_any_work(tmp_path: Path, passes: list[int]) -> None:
     file = save_encoder(tmp_path / "a.safetensors", random_encoder(CARD, seed=0).backbone, CARD)
-    with pytest.raises(UserError, match="given twice"):
-        evaluate([file, str(file)], data="digits")
-    with pytest.raises(UserError, match="no encoder"):
-        evaluate([], data="digits")
-    with pytest.raises(UserError, match="nowhere"):
-        evaluate([file, tmp_path / "nowhere"], data="digits")
-    assert passes == []
+    (made,) = evaluate(file, data="digits", out=tmp_path / "out")
+    (path,) = (tmp_path / "out").rglob("results/knn-digits.json")
+    assert read_result(path, made.fingerprint) is not None
+    path.with_suffix(".safetensors").write_bytes(b"x")
+    assert evaluate(file, data="digits", out=tmp_path / "out", resume=True)[0].metrics == made.metrics
+    assert read_result(path, made.fingerprint) is not None
 
 
-def test_a_fixed_map_stands_in_an_encoders_place() -> None:
-    results = evaluate(["representation:pixels", random_encoder(CARD, seed=0)], data="digits", on=["knn"])
-    train, test = (open_source(DataConfig(name="digits"), split, size=16) for split in ("train", "test"))
-    known = DATASETS["digits"]
-    (x, y), (x_test, y_test) = (
-        ((s.images.float() / 255 - torch.tensor(known.mean).view(3, 1, 1)).flatten(1), s.labels) for s in (train, test)
-    )
-    expected = KNeighborsClassifier(1, metric="cosine").fit(x.numpy(), y).score(x_test.numpy(), y_test)
-    (nearest,) = evaluate("representation:pixels", data="digits", on=["knn"], settings={"knn.k": 1})
-    assert nearest.metrics["top1"] == pytest.approx(100 * expected, abs=0.4)  # grey pixels with one deviation
-    assert {d.against for d in compare(results)} == {"representation:pixels"}
-    with pytest.raises(UserError, match=r"no such representation.*pixels"):
-        evaluate("representation:pixel", data="digits")
-    with pytest.raises(UserError, match="--data is missing"):
-        evaluate("representation:pixels")
-    with pytest.raises(UserError, match="no weights to draw"):
-        evaluate("representation:pixels", data="digits", random=True)
+def test_what_python_changed_is_always_computed_anew(tmp_path: Path) -> None:
+    """A hook is in no key: were its features kept under the weights' key, they would be taken for the file's."""
+    encoder = random_encoder(CARD, seed=1)
+    file = save_encoder(tmp_path / "a.safetensors", encoder.backbone, CARD)
+    given: dict[str, Any] = {"data": "digits", "on": ["knn"], "out": tmp_path / "out", "resume": True}
+    (plain,) = evaluate(file, **given)
+    handle = encoder.backbone.register_forward_hook(lambda net, images, made: made[:, :2])
+    (hooked,) = evaluate(encoder, **given)
+    assert hooked.metrics["top1"] < plain.metrics["top1"] - 5
+    (again,) = evaluate(encoder, **given)
+    assert again.metrics == hooked.metrics
+    assert (hooked.fingerprint, again.fingerprint) == ("", "")
+    assert json.loads((tmp_path / "out/encoder/results/knn-digits.json").read_text())["fingerprint"] == ""
+    handle.remove()
+    (free,) = evaluate(encoder, **given)
+    assert free.metrics == pytest.approx(plain.metrics, abs=0.5)
+    assert embed(file, data="digits", split="test").x.shape == (500, 32)
+    encoder.backbone.register_forward_hook(lambda net, images, made: made[:, :2])
+    assert embed(encoder, data="digits", split="test").x.shape == (500, 2)
+
+
+def test_a_diverged_encoder_is_called_so(tmp_path: Path) -> None:
+    encoder = random_encoder(CARD, seed=0)
+    with torch.no_grad():
+        encoder.backbone.bn1.weight.fill_(torch.nan)
+    source = open_source(DataConfig(name="digits"), "test", size=16)
+    with pytest.raises(RunError, match=r"^features of digits/test are not finite: the encoder has diverged$"):
+        cached_features(encoder, source)
+
+
+def test_a_full_disk_is_told_with_the_commands_own_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **named: object) -> None:
+        raise RunError(f"cache: 3 GB more needed; {REMEDY}. Finished parts are kept")
+
+    monkeypatch.setattr(cached_module, "cache_representations", full)
+    source = open_source(DataConfig(name="digits"), "test", size=16)
+    with pytest.raises(RunError, match=r"make room there, or evaluate with --no-keep-features\. Finished") as error:
+        cached_features(random_encoder(CARD, seed=0), source)
+    assert "cache=off" not in str(error.value)

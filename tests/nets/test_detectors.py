@@ -14,6 +14,7 @@ from mvmr.types import UserError
 
 SMALL = {"min_size": 64, "max_size": 96, "pyramid_width": 16, "hidden": 32, "proposals": 30, "anchors_per_image": 32,
          "regions_per_image": 16, "mask_layers": (8,)}  # fmt: skip
+C4 = {**{key: value for key, value in SMALL.items() if key not in ("pyramid_width", "hidden")}, "head": "c4"}
 
 
 def parts(stem: str = "cifar", name: str = "resnet18") -> tuple[nn.Module, EncoderCard]:
@@ -43,7 +44,7 @@ def test_anchors_follow_the_strides(stem: str, scale: int) -> None:
     """32 to 512 where the strides are 4 to 64, and in proportion elsewhere."""
     pyramid = build_detector(*parts(stem), DetectorConfig(**SMALL), classes=3)
     assert anchor_sides(pyramid) == [[8 * scale], [16 * scale], [32 * scale], [64 * scale], [128 * scale]]
-    c4 = build_detector(*parts(stem), DetectorConfig(head="c4", **SMALL), classes=3)
+    c4 = build_detector(*parts(stem), DetectorConfig(**C4), classes=3)
     assert anchor_sides(c4) == [[8 * scale, 16 * scale, 32 * scale, 64 * scale, 128 * scale]]
     images, targets = pyramid.transform(*scene())
     maps = pyramid.backbone(images.tensors)
@@ -56,7 +57,7 @@ def test_anchors_follow_the_strides(stem: str, scale: int) -> None:
 def test_every_parameter_is_trained(head: str, masks: bool) -> None:
     torch.manual_seed(0)
     backbone, card = parts()
-    detector = build_detector(backbone, card, DetectorConfig(head=head, **SMALL), classes=3, masks=masks)
+    detector = build_detector(backbone, card, DetectorConfig(**(C4 if head == "c4" else SMALL)), classes=3, masks=masks)
     losses = detector(*scene())
     names = {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"} | (
         {"loss_mask"} if masks else set()
@@ -75,7 +76,7 @@ def test_it_normalises_by_the_card_and_has_batch_norm_in_new_layers() -> None:
     pyramid = build_detector(*parts(), DetectorConfig(**SMALL), classes=3)
     assert (pyramid.transform.image_mean, pyramid.transform.image_std) == ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7])
     assert sum(isinstance(part, nn.BatchNorm2d) for part in pyramid.backbone.pyramid.modules()) == 8
-    c4 = build_detector(*parts(), DetectorConfig(head="c4", **SMALL), classes=3)
+    c4 = build_detector(*parts(), DetectorConfig(**C4), classes=3)
     stage, norm, *_ = c4.roi_heads.box_head
     assert isinstance(norm, nn.BatchNorm2d)
     assert c4.roi_heads.box_roi_pool.output_size == (14, 14)
@@ -89,12 +90,12 @@ def test_it_normalises_by_the_card_and_has_batch_norm_in_new_layers() -> None:
 
 def test_what_does_not_fit() -> None:
     with pytest.raises(UserError, match="head=c4 has no masks"):
-        build_detector(*parts(), DetectorConfig(head="c4", **SMALL), classes=3, masks=True)
+        build_detector(*parts(), DetectorConfig(**C4), classes=3, masks=True)
     with pytest.raises(UserError, match=r"levels=\[3, 2\]"):
         build_detector(*parts(), DetectorConfig(**{**SMALL, "levels": (3, 2)}), classes=3)
     backbone, card = parts(name="timm:convnext_atto")
     with pytest.raises(UserError, match="head=c4 needs a ResNet"):
-        build_detector(backbone, card, DetectorConfig(head="c4", **SMALL), classes=3)
+        build_detector(backbone, card, DetectorConfig(**C4), classes=3)
     assert len(build_detector(backbone, card, DetectorConfig(**SMALL), classes=3)(*scene())) == 4
     with pytest.raises(UserError, match="not vision transformers"):
         build_detector(timm_vit(), card, DetectorConfig(**SMALL), classes=3)

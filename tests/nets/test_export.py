@@ -202,6 +202,8 @@ def test_a_file_is_whole_or_as_before(tmp_path: Path, monkeypatch: pytest.Monkey
         export(encoder(), "torchvision", file)
     assert file.read_bytes() == b"before"
     assert sorted(each.name for each in tmp_path.iterdir()) == ["a.pth", "b.pth"]
+    with pytest.raises(RunError, match=r"--out .*a\.pth/c\.pth: cannot be written"):  # a file where a folder should be
+        export(encoder(), "torchvision", file / "c.pth")
 
 
 def test_every_format_is_described() -> None:

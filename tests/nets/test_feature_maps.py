@@ -65,3 +65,13 @@ def test_what_has_no_stages_is_refused() -> None:
     for backbone in (transformer, nn.Sequential(nn.Conv2d(3, 4, 3)), build_encoder(EncoderConfig(name="alexnet"))[0]):
         with pytest.raises(UserError, match=r"resnet18, resnet34 and resnet50 with any stem.*not vision transformers"):
             FeatureMaps(backbone)
+
+
+def test_what_takes_one_size_only_is_refused() -> None:
+    """Swin has stages and maps, and an assertion about its input."""
+    swin = timm.create_model("swin_tiny_patch4_window7_224", num_classes=0, embed_dim=12, depths=(1, 1, 1, 1),
+                             num_heads=(1, 2, 2, 4))  # fmt: skip
+    swin.train()
+    with pytest.raises(UserError, match=r"does not take images of 128 x 128 pixels .*224.*Swin"):
+        FeatureMaps(swin)
+    assert all(part.training for part in swin.modules())

@@ -119,6 +119,14 @@ def test_scores_are_as_large_as_the_images_and_normalised_by_the_card(dilation: 
     assert torch.equal(given.backbone.conv1.weight, before["backbone.conv1.weight"])
 
 
+def test_a_bottleneck_has_a_head_of_its_width() -> None:
+    given = encoder("resnet50", stem="cifar", width=0.0625)
+    segmenter = build_segmenter(given, 3, channels=6).eval()
+    assert segmenter.head[0].in_channels == given.card.dim == 128
+    assert segmenter(torch.rand(1, 3, 32, 32)).shape == (1, 3, 32, 32)
+    assert build_segmenter(given, 3, convolutions=0).head[0].in_channels == 128
+
+
 def test_heads_of_other_depths_and_other_encoders() -> None:
     linear = build_segmenter(encoder(), 4, convolutions=0)
     assert [type(layer) for layer in linear.head] == [nn.Conv2d]

@@ -28,8 +28,10 @@ def embed(
     """Write features, labels and file names of a data set."""
     from mvmr.api import embed as embed_images
     from mvmr.cli.screen import say, show_json
+    from mvmr.engine.progress import counting
 
-    features = embed_images(encoder, data=data, root=root, split=split.value, out=out)
+    with counting() as progress:
+        features = embed_images(encoder, data=data, root=root, split=split.value, out=out, progress=progress)
     images, dim = features.x.shape
     if as_json:
         show_json({"file": str(out), "images": images, "dim": dim, "labels": features.y is not None})

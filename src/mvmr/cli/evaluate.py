@@ -24,7 +24,7 @@ def evaluate(
     root: Annotated[Path | None, typer.Option(help="Its folder.")] = None,
     on: Annotated[str, typer.Option(help="Evaluations, separated by commas (`mvmr list evaluations`); or knn.")] = "",
     recipe: Annotated[str | None, typer.Option(help="An evaluation recipe (`mvmr list recipes`) or YAML file.")] = None,
-    random: Annotated[bool, typer.Option("--random", help="Also the first net with random weights.")] = False,
+    random: Annotated[bool, typer.Option("--random", help="Also the first network with random weights.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for results; by default each run's own.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Take finished results that are there.")] = False,
     keep: Annotated[bool, typer.Option("--keep-features/--no-keep-features", help="In the cache folder.")] = True,

@@ -35,20 +35,22 @@ def pictures(
     """Write a sheet of pictures of an encoder; without --head, cam shows the similarity to another image."""
     import torch
 
-    from mvmr.api import data_config, device
+    from mvmr.api import data_config, device, open_encoder
     from mvmr.cli.screen import say
     from mvmr.data.loading import plain_batches
     from mvmr.data.sources import open_source, subset
+    from mvmr.errors import UserError
     from mvmr.evaluation.attention import attention_maps, write_attention
     from mvmr.evaluation.cam import cam_sheet
     from mvmr.evaluation.head import load_head
     from mvmr.evaluation.neighbours import neighbour_sheet
     from mvmr.evaluation.workplace import Workplace
-    from mvmr.nets.weights import load_encoder
     from mvmr.ops.random import permutation
 
-    loaded = load_encoder(encoder)
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; name the PNG to write")
     config = data_config(encoder, data, root)
+    loaded = open_encoder(encoder, config.name)
     test = open_source(config, "test", size=loaded.card.image_size)
     order = permutation(seed, 0, len(test))
     if kind is Kind.neighbours:

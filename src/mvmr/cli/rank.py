@@ -9,8 +9,11 @@ import typer
 
 
 def rank(
-    encoders: Annotated[
-        list[str], typer.Argument(metavar="RUN | ENCODER...", help="A run folder, or encoders to tell apart.")
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN | ENCODER... [EVALUATION.KEY=VALUE]...", help="A run folder, or encoders to tell apart."
+        ),
     ],
     data: Annotated[str | None, typer.Option(help="Data set (`mvmr list data`); by default the run's own.")] = None,
     root: Annotated[Path | None, typer.Option(help="Its folder.")] = None,
@@ -20,14 +23,24 @@ def rank(
 ) -> None:
     """Rank a run's checkpoints without labels, and say how far that is a probe's ranking."""
     from mvmr.api import evaluate
+    from mvmr.cli.evaluate import SETTING
     from mvmr.cli.screen import show_json, show_table
+    from mvmr.config import pairs
     from mvmr.engine.progress import counting
     from mvmr.errors import UserError
-    from mvmr.evaluation.ranking import checkpoints_of, epochs_of, rank_checkpoints
+    from mvmr.evaluation.ranking import PROBES, checkpoints_of, epochs_of, rank_checkpoints
 
+    encoders = [argument for argument in arguments if not SETTING.fullmatch(argument)]
+    chosen = dict(pairs([argument for argument in arguments if SETTING.fullmatch(argument)]))
+    if not encoders:
+        raise UserError("RUN is missing: name a run folder, or several encoders")
+    if probe not in (*PROBES, "none"):
+        raise UserError(f"--probe {probe}: has no top1 to compare with; take one of {', '.join(PROBES)}, or none")
     if online:
         if len(encoders) > 1:
             raise UserError("--online reads one run's own measures; give one run folder")
+        if chosen:
+            raise UserError(f"{', '.join(chosen)}: no effect with --online, which computes nothing; leave it out")
         scores, accuracies = epochs_of(encoders[0], probe=None if probe == "none" else f"{probe}/top1")
     else:
         single = Path(encoders[0])
@@ -37,11 +50,9 @@ def rank(
             names = {name: name for name in names}
         on = ["diagnostics"] if probe == "none" else ["diagnostics", probe]
         with counting() as progress:
-            results = evaluate(list(names), data=data, root=root, on=on, progress=progress)
+            results = evaluate(list(names), data=data, root=root, on=on, settings=chosen, progress=progress)
         scores = {names[r.encoder]: r.metrics for r in results if r.evaluation == "diagnostics"}
         measured = {names[r.encoder]: r.metrics for r in results if r.evaluation == probe}
-        if any("top1" not in metrics for metrics in measured.values()):
-            raise UserError(f"--probe {probe}: has no top1 to compare with; take knn, linear or linear_fast")
         accuracies = {name: metrics["top1"] for name, metrics in measured.items()} or None
     rankings = rank_checkpoints(scores, accuracies)
     if as_json:

@@ -9,8 +9,11 @@ import numpy as np
 
 from mvmr.errors import UserError
 
+Outline = Mapping[str, Any] | Sequence[Any]
+"""What a mask is drawn from: run lengths, or polygons, each [x0, y0, x1, y1, ...]."""
 
-def polygons_to_mask(polygons: Sequence[Sequence[float]], height: int, width: int) -> np.ndarray:
+
+def polygons_to_mask(polygons: Sequence[Sequence[float] | np.ndarray], height: int, width: int) -> np.ndarray:
     """[height, width] bool: the pixels whose centres lie in at least one polygon, each [x0, y0, x1, y1, ...].
 
     Pixel (row, column) covers [column, column + 1] x [row, row + 1], as in COCO. A polygon that crosses itself is
@@ -29,8 +32,9 @@ def rle_to_mask(segmentation: Mapping[str, Any], height: int, width: int) -> np.
     counts: a list of lengths, or COCO's string of them. Raises UserError for another size and counts that do not fill
     the image.
     """
-    if list(segmentation.get("size", ())) != [height, width]:
-        raise UserError(f"a mask has size {segmentation.get('size')}, its image [{height}, {width}]")
+    size = segmentation.get("size")
+    if not isinstance(size, Sequence) or list(size) != [height, width]:
+        raise UserError(f"a mask has size {size}, its image [{height}, {width}]")
     counts = segmentation.get("counts")
     if isinstance(counts, str | bytes):
         counts = _lengths(counts.encode() if isinstance(counts, str) else counts)
@@ -51,12 +55,25 @@ def to_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
     """
     if isinstance(segmentation, Mapping):
         return rle_to_mask(segmentation, height, width)
-    if not isinstance(segmentation, list):
+    return polygons_to_mask(checked_polygons(segmentation), height, width)
+
+
+def packed(segmentation: Any) -> Outline:
+    """A "segmentation" for keeping: run lengths as they are, polygons as float64 arrays, which are a quarter of lists.
+
+    Raises UserError for what is none, but does not look at run lengths.
+    """
+    return segmentation if isinstance(segmentation, Mapping) else checked_polygons(segmentation)
+
+
+def checked_polygons(segmentation: Any) -> tuple[np.ndarray, ...]:
+    """Each polygon as [x0, y0, x1, y1, ...] float64. Raises UserError for what is no list of polygons."""
+    if not isinstance(segmentation, list | tuple):
         raise UserError(f"a segmentation is {type(segmentation).__name__}, neither polygons nor run lengths")
-    return polygons_to_mask(segmentation, height, width)
+    return tuple(_corners(polygon).reshape(-1) for polygon in segmentation)
 
 
-def _corners(polygon: Sequence[float]) -> np.ndarray:
+def _corners(polygon: Sequence[float] | np.ndarray) -> np.ndarray:
     """[n, 2] float64, x and y."""
     try:
         flat = np.array(polygon, dtype=np.float64)

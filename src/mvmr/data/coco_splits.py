@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from mvmr.data.coco import read_instances
-from mvmr.errors import RunError
+from mvmr.ops.files import write_bytes
 from mvmr.ops.random import permutation
 from mvmr.types import UserError
 
@@ -58,19 +56,7 @@ def write_splits(
             "images": [image for image in content["images"] if image["id"] in own],
             "annotations": [one for one in content["annotations"] if one["image_id"] in own],
         }
-        written.append(_write(folder / f"{annotations.stem}-{size}-seed{seed}-{which}.json", chosen))
+        file = folder / f"{annotations.stem}-{size}-seed{seed}-{which}.json"
+        write_bytes(file, json.dumps(chosen).encode(), remedy="give another folder with --out")
+        written.append(file)
     return written
-
-
-def _write(file: Path, content: dict) -> Path:
-    beside = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(content))
-        beside.replace(file)
-    except OSError as error:
-        raise RunError(f"{file}: cannot be written ({error.strerror}); give another folder with --out") from None
-    finally:
-        with suppress(OSError):
-            beside.unlink()
-    return file

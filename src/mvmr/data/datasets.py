@@ -24,7 +24,7 @@ from mvmr.data.layouts import (
     read_tiny_imagenet,
 )
 from mvmr.data.voc import VOC_LAYOUT, read_voc07
-from mvmr.data.voc_scenes import VOC0712_LAYOUT, read_voc0712
+from mvmr.data.voc_scenes import VOC0712_LAYOUT, VOC12_LAYOUT, read_voc0712
 from mvmr.errors import RunError
 from mvmr.types import IMAGENET_MEAN, IMAGENET_STD
 
@@ -223,6 +223,9 @@ DATASETS: dict[str, DataSet] = {
     ),
     "voc07": DataSet(
         "PASCAL VOC 2007: 9,963 multi-label photographs of 20 classes", read_voc07, layout=VOC_LAYOUT
+    ),
+    "voc12": DataSet(
+        "PASCAL VOC 2012: train and val, 20 classes, boxes and label maps", read_voc0712, layout=VOC12_LAYOUT
     ),
     "voc0712": DataSet(
         "PASCAL VOC 2007 and 2012 trainval to train on, 2007 test: 20 classes, boxes", read_voc0712,

@@ -54,7 +54,7 @@ def per_class(labels: Tensor, count: int, *, seed: int, classes: Sequence[str] =
         if sizes[label] < count:
             raise UserError(
                 f"labels_per_class={count}, but class {classes[label] if classes else label} has {int(sizes[label])} "
-                "training images; take fewer labels, or a fraction"
+                "training images; take fewer labels"
             )
     return order[place < count].sort().values
 

@@ -109,7 +109,8 @@ class SceneSource:
                 hasher.update(f"{known.file}\n{size} {known.size} {len(known.labels)}\n".encode())
                 for array in (known.boxes, known.labels, known.ignored):
                     hasher.update(np.ascontiguousarray(array).tobytes())
-                hasher.update(repr(known.outlines).encode() if self._draw is not None else b"")
+                for outline in known.outlines if self._draw is not None else ():
+                    hasher.update(_as_bytes(outline))
             self._fingerprint = hasher.hexdigest()[:32]
         return self._fingerprint
 
@@ -134,3 +135,11 @@ class SceneSource:
             except UserError as error:
                 raise UserError(f"data.root: {self.root / known.file}: {error}") from None
         return torch.from_numpy(masks)
+
+
+def _as_bytes(outline: Any) -> bytes:
+    if isinstance(outline, np.ndarray):
+        return f"{outline.dtype}{outline.shape}".encode() + outline.tobytes()
+    if isinstance(outline, tuple):
+        return b"(" + b"".join(map(_as_bytes, outline)) + b")"
+    return repr(outline).encode()

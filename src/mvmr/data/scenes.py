@@ -11,7 +11,7 @@ from mvmr.data.images import Progress
 from mvmr.data.layouts import Split, Wanted
 from mvmr.data.scene_source import Objects, Scene, SceneSource
 from mvmr.data.sources import DataConfig
-from mvmr.data.voc_scenes import VOC0712_LAYOUT, VOC_LAYOUT, voc_scenes
+from mvmr.data.voc_scenes import VOC0712_LAYOUT, VOC12_LAYOUT, VOC_LAYOUT, voc_scenes
 from mvmr.types import UserError
 
 __all__ = ["SCENES", "Objects", "Scene", "SceneSource", "Scenes", "open_scenes"]
@@ -32,6 +32,7 @@ class Scenes:
 SCENES: dict[str, Scenes] = {
     "voc07": Scenes(voc_scenes, VOC_LAYOUT),
     "voc0712": Scenes(voc_scenes, VOC0712_LAYOUT),
+    "voc12": Scenes(voc_scenes, VOC12_LAYOUT),
     "coco": Scenes(coco_scenes, COCO_LAYOUT, masks=True),
 }
 

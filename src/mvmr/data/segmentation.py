@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mvmr.data.coco import Instances, read_instances
+from mvmr.data.coco import Instances, open_instances, segmentation_of
 from mvmr.data.coco_masks import to_mask
 from mvmr.data.decode import UnreadableImage, decode
-from mvmr.data.images import PathList, digest, files_fingerprint
-from mvmr.data.layouts import Split
+from mvmr.data.images import digest
+from mvmr.data.layouts import Split, Wanted
 from mvmr.data.sources import DataConfig
 from mvmr.data.voc import VOC_CLASSES
+from mvmr.data.voc_scenes import listed_names
 from mvmr.errors import RunError, UserError
 
 IGNORED = 255
@@ -29,6 +32,9 @@ LAYOUTS = (
     "  ImageSets/Segmentation/train.txt  val.txt  (trainval.txt  test.txt)\n"
     "or ROOT/\n  annotations/instances_train*.json  instances_val*.json\n  train2017/*.jpg  val2017/*.jpg"
 )
+
+YEARS = {"voc07": ("VOC2007",), "voc12": ("VOC2012",)}
+"""Data sets that are one year of VOC."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +51,21 @@ class SegmentedImage:
 class SegmentationSource(ABC):
     """Images with label maps, by index."""
 
-    def __init__(self, *, name: str, classes: tuple[str, ...], fingerprint: str):
+    def __init__(self, *, name: str, classes: tuple[str, ...]):
         self.name = name
         """Data set and split."""
         self.classes = classes
         """Names by label, "background" first."""
-        self.fingerprint = fingerprint
-        """A hash of what the source holds."""
+        self._fingerprint = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the labels, and of the names and sizes of the images; the same wherever they lie."""
+        self._fingerprint = self._fingerprint or digest(repr((self.name, self.classes)).encode(), *self._hashed())
+        return self._fingerprint
+
+    @abstractmethod
+    def _hashed(self) -> Iterator[bytes]: ...
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -74,8 +88,12 @@ class VOCSegmentation(SegmentationSource):
                     f"data.root: {folder / missing[0]}{ending} is missing, one of {len(missing)} of the {len(names)} "
                     f"that {name} lists; unpack the whole archive into {base}"
                 )
-        paths = [f"JPEGImages/{each}.jpg" for each in names] + [f"{masks}/{each}.png" for each in names]
-        super().__init__(name=name, classes=(BACKGROUND, *VOC_CLASSES), fingerprint=_of_files(base, paths))
+        super().__init__(name=name, classes=(BACKGROUND, *VOC_CLASSES))
+
+    def _hashed(self) -> Iterator[bytes]:
+        yield _sizes(self.images, [f"{each}.jpg" for each in self.names])
+        for each in self.names:
+            yield digest((self.masks / f"{each}.png").read_bytes()).encode()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -108,15 +126,11 @@ class COCOSegmentation(SegmentationSource):
 
     def __init__(self, folder: Path, found: Instances, *, name: str):
         self.folder, self.found = folder, found
-        paths = [str(image["file_name"]) for image in found.images]
-        missing = [path for path in paths if not (folder / path).is_file()]
-        if missing:
-            raise UserError(
-                f"data.root: {folder / missing[0]} is missing, one of {len(missing)} of the {len(paths)} images of "
-                f"{found.file}; unpack the images there"
-            )
-        fingerprint = digest(found.file.read_bytes(), _of_files(folder, paths).encode())
-        super().__init__(name=name, classes=(BACKGROUND, *found.classes), fingerprint=fingerprint)
+        super().__init__(name=name, classes=(BACKGROUND, *found.classes))
+
+    def _hashed(self) -> Iterator[bytes]:
+        yield self.found.digest.encode()
+        yield _sizes(self.folder, [image["file_name"] for image in self.found.images])
 
     def __len__(self) -> int:
         return len(self.found.images)
@@ -126,12 +140,13 @@ class COCOSegmentation(SegmentationSource):
         file = self.folder / entry["file_name"]
         image = _image(file)
         height, width = image.shape[1:]
-        values = np.zeros((int(entry.get("height", height)), int(entry.get("width", width))), dtype=np.uint8)
+        values = np.zeros((entry.get("height", height), entry.get("width", width)), dtype=np.uint8)
         labels = _fitting(values, image, file)
         painted = []
         for order, each in enumerate(self.found.annotations.get(entry["id"], ())):
+            outline = segmentation_of(self.found, each)
             try:
-                mask = to_mask(each.get("segmentation"), height, width)
+                mask = to_mask(outline, height, width)
             except UserError as error:
                 raise UserError(f"{self.found.file}: annotation {each.get('id')}: {error}; correct the file") from None
             crowd = bool(each.get("iscrowd", 0))
@@ -147,91 +162,66 @@ def open_segmentation(data: DataConfig, split: Split, *, annotations: Path | Non
     """Images and label maps of "train" or "test", from data.root or its parent, whichever of LAYOUTS lies there.
 
     VOC: train is train_aug.txt with SegmentationClassAug/ where both are there, else train.txt, and test is val.txt;
-    where label images of test.txt are there (VOC2007), train is trainval.txt and test is test.txt. data.name=voc07 is
-    the year 2007; of other names the newest that is there counts. COCO: train is annotations/instances_train2017.json
-    (or the one instances_train*.json), test is instances_val2017.json likewise. annotations: another COCO JSON file for
-    this split, as it stands or in annotations/. Raises UserError that names what is missing.
+    where label images of test.txt are there (VOC2007), train is trainval.txt and test is test.txt. data.name=voc07 and
+    voc12 are those years, coco is COCO; of other names the newest year that is there counts, then COCO. COCO: as
+    `open_instances` finds it, with `annotations` another JSON file for this split. Raises UserError that names what is
+    missing.
     """
     if split not in ("train", "test"):
         raise UserError(f"segmentation has a train and a test split, no {split}")
-    if data.root is None:
-        raise UserError(f"data.root is not set. {_expected()}")
-    root = data.root.expanduser()
-    if not root.is_dir():
-        raise UserError(f"data.root: {root} is no folder. {_expected()}")
-    title = f"{data.name}/{split}"
-    if annotations is not None:
-        return _open_coco(root, _named(root, annotations), title)
-    years = ("VOC2007",) if data.name == "voc07" else ("VOC2012", "VOC2007")
-    for base in (*(root / "VOCdevkit" / year for year in years), *(root / year for year in years), root):
+    years = YEARS.get(data.name, ("VOC2012", "VOC2007"))
+    layout = LAYOUTS.replace("VOC2012/ (or VOC2007/)", f"{years[0]}/") if data.name in YEARS else LAYOUTS
+    wanted = Wanted(data.name, split, data.root, layout)
+    root = wanted.folder()
+    if annotations is not None or data.name == "coco":
+        return _open_coco(wanted, annotations)
+    # A folder of one year may be given itself, but not for another year.
+    bases = [*(root / "VOCdevkit" / year for year in years), *(root / year for year in years)]
+    if root.name not in ("VOC2007", "VOC2012") or root.name in years:
+        bases.append(root)
+    for base in bases:
         if (base / "SegmentationClass").is_dir():
-            return _open_voc(base, split, title)
-    for base in (root, root / "coco"):
-        if (base / "annotations").is_dir():
-            kind = "train" if split == "train" else "val"
-            usual = base / "annotations" / f"instances_{kind}2017.json"
-            found = [usual] if usual.is_file() else sorted(usual.parent.glob(f"instances_{kind}*.json"))
-            if len(found) == 1:
-                return _open_coco(base, found[0], title)
-            names = ", ".join(file.name for file in found[:4]) or "no such file"
-            raise UserError(
-                f"data.root: {usual.parent} should hold {usual.name} or one other instances_{kind}*.json, and holds "
-                f"{names}; name the file of the {split} split (semantic.{split}_annotations=FILE)"
-            )
-    raise UserError(f"data.root: {root} holds no label maps. {_expected()}")
+            return _open_voc(wanted, base)
+    if data.name not in YEARS and (wanted.either("coco", "COCO") / "annotations").is_dir():
+        return _open_coco(wanted, None)
+    raise wanted.wrong(root, f"{root} holds no label maps" + (f" of {years[0]}" if data.name in YEARS else ""))
 
 
-def _open_voc(base: Path, split: Split, title: str) -> VOCSegmentation:
-    lists = base / "ImageSets" / "Segmentation"
-    masks = "SegmentationClass"
+def _open_voc(wanted: Wanted, base: Path) -> VOCSegmentation:
+    lists, masks = base / "ImageSets" / "Segmentation", "SegmentationClass"
     # VOC2012's test list has no public label images.
     tested = (lists / "test.txt").is_file() and all(
-        (base / masks / f"{name}.png").is_file() for name in _names(lists / "test.txt")
+        (base / masks / f"{name}.png").is_file() for name in _names(wanted, lists / "test.txt")
     )
-    if split == "test":
+    if wanted.split == "test":
         chosen = "test" if tested else "val"
     elif tested:
         chosen = "trainval"
     else:
-        augmented = (lists / "train_aug.txt").is_file() and (base / f"{masks}Aug").is_dir()
-        chosen, masks = ("train_aug", f"{masks}Aug") if augmented else ("train", masks)
-    return VOCSegmentation(base, masks, _names(lists / f"{chosen}.txt"), name=title)
+        listed, drawn = lists / "train_aug.txt", base / f"{masks}Aug"
+        chosen = "train"
+        if listed.is_file() and drawn.is_dir():
+            chosen, masks = "train_aug", drawn.name
+        elif listed.is_file() or drawn.is_dir():
+            missing = drawn if listed.is_file() else listed
+            warnings.warn(
+                f"semantic: {missing} is missing, so the augmented set is left out and {lists / 'train.txt'} is "
+                "trained on; put both there for the protocol of 10,582 images",
+                stacklevel=3,
+            )
+    return VOCSegmentation(base, masks, _names(wanted, lists / f"{chosen}.txt"), name=wanted.title)
 
 
-def _names(file: Path) -> list[str]:
-    try:
-        lines = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f"data.root: {file} is missing or cannot be read. {_expected()}") from None
+def _names(wanted: Wanted, file: Path) -> list[str]:
     # Lists of the augmented set name files: /JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png
-    names = [Path(line).stem if "/" in line else line for line in lines]
-    if not names or len(set(names)) < len(names):
-        raise UserError(f"data.root: {file} is empty or names an image twice; take it from the archive again")
-    return names
+    return [Path(name).stem if "/" in name else name for name in listed_names(wanted, file)]
 
 
-def _open_coco(root: Path, file: Path, title: str) -> COCOSegmentation:
-    found = read_instances(file)
+def _open_coco(wanted: Wanted, annotations: Path | None) -> COCOSegmentation:
+    found, _, folder = open_instances(wanted, annotations)
     if len(found.classes) >= IGNORED:
-        raise UserError(f"{file}: has {len(found.classes)} categories; label maps hold fewer than {IGNORED}")
-    first = found.images[0]["file_name"]
-    below = [place for place in (root, root / "images") if place.is_dir()]
-    inside = [folder for place in below for folder in sorted(place.iterdir()) if folder.is_dir()]
-    folder = next((folder for folder in (*below, *inside) if (folder / first).is_file()), None)
-    if folder is None:
-        raise UserError(
-            f"data.root: {first}, the first image of {file}, is neither in {root} nor in a folder in it; unpack the "
-            "images there"
-        )
-    return COCOSegmentation(folder, found, name=title)
-
-
-def _named(root: Path, file: Path) -> Path:
-    given = file.expanduser()
-    for place in (given, root / given, root / "annotations" / given):
-        if place.is_file():
-            return place
-    raise UserError(f"{file}: no such file, nor in {root / 'annotations'}; name a COCO instances JSON file")
+        raise UserError(f"{found.file}: has {len(found.classes)} categories; label maps hold fewer than {IGNORED}")
+    return COCOSegmentation(folder, found, name=wanted.title)
 
 
 def _image(file: Path) -> Tensor:
@@ -251,12 +241,5 @@ def _fitting(values: np.ndarray, image: Tensor, file: Path) -> Tensor:
     return torch.from_numpy(values.astype(np.int64))
 
 
-def _of_files(base: Path, paths: list[str]) -> str:
-    stats = [os.stat(base / path) for path in paths]
-    known = np.array([[each.st_size, each.st_mtime_ns] for each in stats], dtype=np.int64)
-    return files_fingerprint(str(base), PathList.of(paths), known)
-
-
-def _expected() -> str:
-    drawing = "".join(f"\n  {line}" for line in LAYOUTS.splitlines())
-    return f"Label maps need data.root=ROOT (or, for VOC, its parent) with{drawing}"
+def _sizes(folder: Path, names: list[str]) -> bytes:
+    return "\n".join(f"{name} {os.path.getsize(folder / name)}" for name in names).encode()

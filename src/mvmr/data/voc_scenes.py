@@ -1,9 +1,8 @@
-"""PASCAL VOC for detection: the boxes of VOC 2007, alone or with those of VOC 2012 to train on."""
+"""PASCAL VOC for detection: the boxes of VOC 2007 and VOC 2012, each alone, or both to train on."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -20,15 +19,28 @@ VOC0712_LAYOUT = (
     "ROOT/VOCdevkit/\n  VOC2007/ and VOC2012/, each with\n    JPEGImages/*.jpg\n    Annotations/*.xml\n"
     "    ImageSets/Main/trainval.txt  (and test.txt in VOC2007)"
 )
+VOC12_LAYOUT = (
+    "ROOT/VOCdevkit/VOC2012/\n  JPEGImages/*.jpg\n  Annotations/*.xml\n"
+    "  ImageSets/Main/train.txt  val.txt  trainval.txt"
+)
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
-__all__ = ["VOC0712_LAYOUT", "VOC_LAYOUT", "read_boxes", "read_voc0712", "voc_scenes"]
+__all__ = [
+    "VOC0712_LAYOUT",
+    "VOC12_LAYOUT",
+    "VOC_LAYOUT",
+    "listed_names",
+    "read_boxes",
+    "read_voc0712",
+    "voc_scenes",
+]
 
 
 def voc_scenes(wanted: Wanted) -> SceneSource:
     """Scenes of voc07 or voc0712: train is trainval, test is the test split of 2007; difficult objects are `ignored`.
 
-    Raises UserError where the folder or an annotation is not VOC's.
+    Of voc12, whose test boxes are not public, train is train and test is val. Raises UserError where the folder
+    or an annotation is not VOC's.
     """
     root, years = _devkit(wanted)
     found: list[Objects] = []
@@ -66,7 +78,7 @@ def read_boxes(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[in
 
 
 def read_voc0712(wanted: Wanted) -> FileSource:
-    """The images of voc0712 with labels [N, 20] int8, as `read_voc07` gives those of 2007."""
+    """The images of voc0712 or voc12 with labels [N, 20] int8, as `read_voc07` gives those of 2007."""
     root, years = _devkit(wanted)
     pairs = [(year, name) for year, names in years.items() for name in names]
     labels = torch.zeros(len(pairs), len(VOC_CLASSES), dtype=torch.int8)
@@ -87,29 +99,36 @@ def read_voc0712(wanted: Wanted) -> FileSource:
 def _devkit(wanted: Wanted) -> tuple[Path, dict[str, list[str]]]:
     """The folder that holds the years, and the names of the images of each."""
     root = wanted.either("VOCdevkit")
-    if root.name == "VOC2007":
+    if root.name in ("VOC2007", "VOC2012"):
         root = root.parent
-    both = wanted.name == "voc0712" and wanted.split != "test"
-    split = "test" if wanted.split == "test" else "trainval"
-    years = {
-        year: list(_names(wanted, root / year, split)) for year in (("VOC2007", "VOC2012") if both else ("VOC2007",))
-    }
-    return root, years
+    if wanted.name == "voc12":
+        split = {"pretrain": "trainval", "train": "train", "test": "val"}[wanted.split]
+        return root, {"VOC2012": _names(wanted, root / "VOC2012", split)}
+    if wanted.split == "test":
+        return root, {"VOC2007": _names(wanted, root / "VOC2007", "test")}
+    years = ("VOC2007", "VOC2012") if wanted.name == "voc0712" else ("VOC2007",)
+    return root, {year: _names(wanted, root / year, "trainval") for year in years}
 
 
-def _names(wanted: Wanted, folder: Path, split: str) -> Iterator[str]:
-    file, images = folder / "ImageSets" / "Main" / f"{split}.txt", folder / "JPEGImages"
+def listed_names(wanted: Wanted, file: Path) -> list[str]:
+    """The first word of each line of a list of images. Raises UserError."""
     try:
         names = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
-        there = {entry.name for entry in os.scandir(images)}
     except (OSError, UnicodeDecodeError):
-        raise wanted.wrong(folder if folder.is_dir() else folder.parent, f"{file} or {images} is missing") from None
+        there = next((folder for folder in file.parents if folder.is_dir()), file.parent)
+        raise wanted.wrong(there, f"{file} is missing or cannot be read") from None
     if not names or len(set(names)) < len(names):
         raise wanted.wrong(file.parent, f"{file} is empty or names an image twice")
+    return names
+
+
+def _names(wanted: Wanted, folder: Path, split: str) -> list[str]:
+    names, images = listed_names(wanted, folder / "ImageSets" / "Main" / f"{split}.txt"), folder / "JPEGImages"
+    there = {entry.name for entry in os.scandir(images)} if images.is_dir() else set()
     missing = [name for name in names if f"{name}.jpg" not in there]
     if missing:
         raise wanted.wrong(folder, f"{images / missing[0]}.jpg is missing, one of {len(missing)} of {len(names)}")
-    return iter(names)
+    return names
 
 
 def _number(file: Path, element: ElementTree.Element, path: str) -> float:

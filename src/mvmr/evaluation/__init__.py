@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,6 +33,14 @@ __all__ = ["EVALUATIONS", "Evaluation", "Workplace"]
 On = Literal["features", "images", "scenes"]
 
 
+def _train_and_test(config: Section) -> tuple[str, str]:
+    return "train", "test"
+
+
+def _test_alone(config: Section) -> tuple[str, str]:
+    return "test", "test"
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """One kind of evaluation."""
@@ -48,6 +56,11 @@ class Evaluation:
     on: On | Callable[[Any], On] = "features"
     """What it is given: frozen features, the encoder and the images, or the encoder and where scenes with boxes, masks
     or label maps lie; a function says it from the settings."""
+
+    splits: Callable[[Any], tuple[str, str]] = _train_and_test
+    """On features and images: the splits that it is given as train and test, from the settings."""
+    fingerprints: Callable[[Any, Any], Mapping[str, str]] | None = None
+    """On scenes: function(data, config), a hash of everything that each split holds, annotations included."""
 
     def given(self, config: Section) -> On:
         """What it is given under these settings."""
@@ -74,11 +87,13 @@ EVALUATIONS: dict[str, Evaluation] = {
         retrieval.RetrievalConfig,
         retrieval.retrieval,
         "ranking by cosine similarity: mAP, mAP@K and recall@K; nothing is trained",
+        splits=retrieval.splits,
     ),
     "clustering": Evaluation(
         clusters.ClusteringConfig,
         clusters.clustering,
         "k-means without labels, against the classes: accuracy, NMI, AMI, ARI",
+        splits=clusters.splits,
     ),
     "multilabel": Evaluation(
         multilabel.MultilabelConfig,
@@ -91,7 +106,12 @@ EVALUATIONS: dict[str, Evaluation] = {
         "encoder and linear head trained together on few labels or all; the encoder given stays as it is",
         on="images",
     ),
-    "head": Evaluation(head.HeadConfig, head.head, "the linear head saved beside the encoder; nothing is trained"),
+    "head": Evaluation(
+        head.HeadConfig,
+        head.head,
+        "the linear head saved beside the encoder; nothing is trained",
+        splits=_test_alone,
+    ),
     "robustness": Evaluation(
         robustness.RobustnessConfig,
         robustness.robustness,
@@ -103,24 +123,28 @@ EVALUATIONS: dict[str, Evaluation] = {
         diagnostics.diagnostics,
         "rank, spectrum, LiDAR, uniformity and dependence of features; no label is read",
         on="images",
+        splits=diagnostics.splits,
     ),
     "detection": Evaluation(
         detection.DetectionConfig,
         detection.detection,
         "a Faster R-CNN on the encoder, trained on boxes: average precision",
         on="scenes",
+        fingerprints=detection.fingerprints,
     ),
     "instance": Evaluation(
         instance.InstanceConfig,
         instance.instance,
         "a Mask R-CNN on the encoder, trained on boxes and masks of COCO: average precision of both",
         on="scenes",
+        fingerprints=instance.fingerprints,
     ),
     "semantic": Evaluation(
         semantic.SemanticConfig,
         semantic.semantic,
         "semantic segmentation: an FCN head and the encoder trained on label maps, by mean IoU",
         on="scenes",
+        fingerprints=semantic.fingerprints,
     ),
     "zero_shot": Evaluation(
         zero_shot.ZeroShotConfig,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -123,9 +124,19 @@ class Matches:
         return 100 * values
 
     def mean(self, index: Tensor | None = None, thresholds: slice | Sequence[int] = slice(None)) -> float:
-        """Mean over thresholds and over the classes that have objects, in percent; NaN where none has."""
+        """Mean over thresholds and over the classes that have objects, in percent; NaN where none has.
+
+        A class of which a resample has no object keeps its average precision on all images: to leave it out would
+        favour resamples without rare classes.
+        """
         values = self.average_precision(index, thresholds)
+        if index is not None and np.isnan(values).any():
+            values = np.where(np.isnan(values), self._whole[thresholds], values)
         return float("nan") if np.isnan(values).all() else float(np.nanmean(values))
+
+    @cached_property
+    def _whole(self) -> np.ndarray:
+        return self.average_precision()
 
     def _of_class(self, times: np.ndarray, outcomes: np.ndarray, objects: float) -> np.ndarray:
         right = np.cumsum((outcomes == FOUND) * times, axis=1)  # [T, n]

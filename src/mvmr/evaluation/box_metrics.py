@@ -57,8 +57,8 @@ class DetectionMetrics:
         """{"ap", "ap50", "ap75"} of boxes, or with masks box_ap ... and mask_ap ...; and ap_voc07 ... if asked for.
 
         In percent; COCO's by faster-coco-eval, those of VOC 2007 by `Matches`. Each is a statistic of the images: of a
-        resample it is the mean over the classes that have objects there, 0 if none has. Raises UserError without
-        objects that count.
+        resample it is the mean over the same classes, of which those without objects there keep their value on all
+        images. Raises UserError without objects that count.
         """
         values, numbers = self._coco.compute(), {}
         statistics: dict[str, Callable[[Tensor], float]] = {}
@@ -67,15 +67,10 @@ class DetectionMetrics:
             for name, at in AT.items():
                 key = f"{name}_voc07" if kind == "voc07" else f"{kind}_{name}" if self.masks else name
                 numbers[key] = own.mean(None, at) if kind == "voc07" else 100 * float(values[theirs + THEIRS[name]])
-                statistics[key] = partial(_of_resample, own, at)
+                statistics[key] = partial(own.mean, thresholds=at)
         if not all(value >= 0 for value in numbers.values()):
             raise UserError("the test split has no object that counts; take other annotations")
         return Metrics(numbers, statistics=statistics, images=len(self._images["box"]))
-
-
-def _of_resample(matches: Matches, at: slice, index: Tensor) -> float:
-    value = matches.mean(index, at)
-    return 0.0 if value != value else value  # NaN: only images without objects, of very few
 
 
 def _torchmetrics(masks: bool) -> Any:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mvmr.data.images import ImageSource, subset
-from mvmr.data.loading import plain_batches
+from mvmr.evaluation.features import placed
 from mvmr.evaluation.head import Head
-from mvmr.evaluation.sheets import heat, picture, write_sheet
+from mvmr.evaluation.sheets import heat, images_of, picture, write_sheet
 from mvmr.nets.cards import Encoder
 from mvmr.ops.modes import evaluating
 from mvmr.types import UserError
@@ -105,21 +105,18 @@ def cam_sheet(
         raise UserError("give either a head, whose class is explained, or other images to be like")
     if like is not None and len(like) != len(positions):
         raise UserError(f"{len(positions)} images are to be compared with {len(like)}; give as many of each")
-    encoder.to("cpu")
-    images = _images(encoder, source, positions)
-    others, score = None, None if head is None else class_score(head)
-    if like is not None:
-        others = _images(encoder, source, like)
-        with evaluating(encoder):
-            score = similarity_to(encoder(others))
-    assert score is not None
-    return write_cam(path, images, grad_cam(encoder, images, score, layer=layer), others=others)
-
-
-def _images(encoder: Encoder, source: ImageSource, positions: Tensor) -> Tensor:
-    """[B, 3, S, S] uint8, brought to the encoder's size."""
-    parts = plain_batches(subset(source, positions), batch_size=64, size=encoder.card.image_size)
-    return torch.cat([images for _, images in parts])
+    size = encoder.card.image_size
+    images = images_of(subset(source, positions), size)
+    others = None if like is None else images_of(subset(source, like), size)
+    with placed(encoder, "cpu"):
+        if others is not None:
+            with evaluating(encoder):
+                score = similarity_to(encoder(others))
+        else:
+            assert head is not None
+            score = class_score(head)
+        maps = grad_cam(encoder, images, score, layer=layer)
+    return write_cam(path, images, maps, others=others)
 
 
 def _network(encoder: nn.Module) -> nn.Module:

@@ -32,6 +32,11 @@ class ClusteringConfig(Section):
     """Seed of the starts."""
 
 
+def splits(config: ClusteringConfig) -> tuple[str, str]:
+    """Which splits `clustering` looks at, as its train and test: with fit=test, no training image is wanted."""
+    return config.fit, "test"
+
+
 def clustering(train: Features, test: Features, config: ClusteringConfig) -> Metrics:
     """{"accuracy", "nmi", "ami", "ari"} in percent, of k-means on unit features against the test split's classes.
 

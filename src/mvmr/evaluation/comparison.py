@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mvmr.errors import UserError, nearest
 from mvmr.evaluation.intervals import Interval, paired_interval, statistic_interval
 from mvmr.evaluation.measured import RESAMPLES
 from mvmr.types import Result
+
+FOLDER = "folder"
+"""The setting that differs with the encoder: where what was trained for it lies."""
 
 
 @dataclass(frozen=True)
@@ -34,23 +38,51 @@ def compare(results: Sequence[Result], *, against: str | None = None) -> list[Co
     """Each encoder against one (by default that of the first result), in every metric that both know image by image.
 
     The intervals are of each comparison by itself: of twenty at 95 % one is expected to miss. Of parts of a metric
-    (top1/fog) none is made, nor of mAP and its like where a result was read from its file.
+    (top1/fog) none is made, nor of mAP and its like where a result was read from its file. Raises UserError for an
+    unknown name, for two results of one name, and where two encoders were evaluated under different settings.
     """
     if not results:
         return []
-    reference = against or results[0].encoder
+    reference = results[0].encoder if against is None else against
+    names = list(dict.fromkeys(result.encoder for result in results))
+    if reference not in names:
+        raise UserError(f"no encoder is called {reference}{nearest(reference, names)}; there are {', '.join(names)}")
+    _refuse_twice(results)
     base = {(result.evaluation, result.data): result for result in results if result.encoder == reference}
     found = []
     for result in results:
         other = base.get((result.evaluation, result.data))
         if other is None or result.encoder == reference:
             continue
+        _refuse_other_settings(result, other)
         for metric in (name for name in result.metrics if "/" not in name):
             interval = _difference(result, other, metric)
             if interval is not None:
                 place = (result.evaluation, result.data, metric, result.encoder, reference)
                 found.append(Comparison(*place, interval.value, interval.low, interval.high))
     return found
+
+
+def _refuse_twice(results: Sequence[Result]) -> None:
+    known = set()
+    for result in results:
+        place = (result.encoder, result.evaluation, result.data)
+        if place in known:
+            raise UserError(
+                f"two results of {result.evaluation} on {result.data} are of an encoder called {result.encoder}, and "
+                "could not be told apart; evaluate both in one call, which gives them different names"
+            )
+        known.add(place)
+
+
+def _refuse_other_settings(first: Result, second: Result) -> None:
+    keys = first.settings.keys() | second.settings.keys()
+    other = sorted(key for key in keys - {FOLDER} if first.settings.get(key) != second.settings.get(key))
+    if other:
+        raise UserError(
+            f"{first.evaluation} was made with different settings of {', '.join(other)} for {first.encoder} and "
+            f"{second.encoder}; evaluate both with the same"
+        )
 
 
 def _difference(first: Result, second: Result, metric: str) -> Interval | None:

@@ -51,7 +51,8 @@ def segmentation_metrics(matrices: Tensor, classes: tuple[str, ...]) -> Metrics:
     total = matrices.sum(0)
     if int(total.sum()) == 0:
         raise UserError("no pixel of the test split has a label; look at its label maps")
-    parts = torch.stack(_counts(matrices))  # [3, M, C]: a resample needs no more than these
+    # [3, M, C]: a resample needs no more. Image by image, as all matrices in float64 would be large.
+    parts = torch.stack([torch.stack(_counts(matrix)) for matrix in matrices], dim=1)
     whole = class_ious(total)
 
     def resampled(index: Tensor) -> Tensor:

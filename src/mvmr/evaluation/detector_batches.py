@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,20 @@ def step_images(usable: Sequence[int], step: int, *, batch_size: int, flip: bool
         order, flips = _epoch(seed, epoch, len(usable))
         chosen.append((usable[order[within]], flip and flips[within]))
     return chosen
+
+
+class StepImages(Sequence[list[tuple[int, bool]]]):
+    """`step_images` of a range of steps, each made when it is asked for: a run has a million of them."""
+
+    def __init__(self, usable: Sequence[int], steps: range, *, batch_size: int, flip: bool, seed: int):
+        self._steps = steps
+        self._of_step = partial(step_images, usable, batch_size=batch_size, flip=flip, seed=seed)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._of_step(self._steps[index])
 
 
 @lru_cache(maxsize=2)

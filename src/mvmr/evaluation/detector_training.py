@@ -5,28 +5,27 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field
-from safetensors.torch import save_file
+from pydantic import AfterValidator, Field
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim import SGD
 
 from mvmr.data.scene_source import Scene, SceneSource
 from mvmr.data.workers import in_workers
 from mvmr.evaluation.box_matching import Detections
-from mvmr.evaluation.detector_batches import as_taken, scenes_of, step_images
+from mvmr.evaluation.detector_batches import StepImages, as_taken, scenes_of
 from mvmr.evaluation.resume import Resumable
 from mvmr.evaluation.workplace import Workplace
 from mvmr.nets.cards import Encoder
 from mvmr.nets.detector_config import DetectorConfig
+from mvmr.ops.files import write_bytes
 from mvmr.ops.modes import evaluating, seeded
 from mvmr.ops.random import step_seed
 from mvmr.ops.schedules import warmup_steps_down
@@ -35,6 +34,16 @@ from mvmr.types import RunError, UserError
 DETECTOR_FILE = "detector.safetensors"
 KEPT_EVERY = 60.0
 """Seconds between states of a training that are kept."""
+
+
+def _in_order(drops: tuple[float, ...]) -> tuple[float, ...]:
+    if not all(0 < share <= 1 for share in drops) or list(drops) != sorted(drops):
+        raise ValueError(f"drops are {list(drops)}; give shares between 0 and 1, in order")
+    return drops
+
+
+Drops = Annotated[tuple[float, ...], AfterValidator(_in_order)]
+Sizes = tuple[Annotated[int, Field(ge=16)], ...]
 
 
 class DetectorTraining(DetectorConfig):
@@ -52,9 +61,9 @@ class DetectorTraining(DetectorConfig):
     """On all but the parameters of norms."""
     warmup: int = Field(100, ge=0)
     """Steps in which the rate rises from a thousandth of its peak."""
-    drops: tuple[float, ...] = (3 / 4, 11 / 12)
+    drops: Drops = (3 / 4, 11 / 12)
     """After these shares of the iterations the rate is divided by ten."""
-    train_sizes: tuple[int, ...] = Field(tuple(range(480, 801, 32)), min_length=1)
+    train_sizes: Sizes = Field(tuple(range(480, 801, 32)), min_length=1)
     """Shorter sides that training images are brought to, one of these at random for each; `max_size` holds too."""
     flip: bool = True
     """Mirror half of the training images."""
@@ -80,8 +89,6 @@ class Trained:
     detector: nn.Module
     losses: list[float]
     """At every step."""
-    resumable: Resumable
-    """To be told `finished` once the detector is measured."""
 
     def summary(self) -> dict[str, float]:
         """{"loss_first", "loss_last"}: means over the first and the last tenth of the steps."""
@@ -109,8 +116,6 @@ def trained_detector(
     usable = [i for i in usable if len(source.objects[i].labels)]
     if not usable:
         raise UserError(f"{key}: no training image has an object; take other annotations")
-    if min(config.train_sizes) < 16 or any(not 0 < drop <= 1 for drop in config.drops):
-        raise UserError(f"{key}: train_sizes are 16 pixels or more, and drops lie between 0 and 1")
     detector, norms = _built(encoder, config, len(source.classes), masks, key)
     detector.to(workplace.device).train()
     for norm in norms:
@@ -144,10 +149,10 @@ def trained_detector(
         if workplace.progress is not None:
             workplace.progress(f"training for {key}", step + 1, config.iterations)
     measured = range(config.iterations, config.iterations + config.precise_batch_norm)
-    _measure_batch_norm(detector, batches(measured), config, workplace)
+    _measure_batch_norm(detector, batches(measured), config, workplace, key)
     if workplace.out is not None:
         _save(workplace.out, detector, encoder, source, config, key)
-    return Trained(detector, losses, resumable)
+    return Trained(detector, losses)
 
 
 @torch.no_grad()
@@ -196,9 +201,7 @@ def _batches(
     steps: range,
 ) -> Iterator[tuple[int, list[Tensor], list[dict[str, Tensor]]]]:
     """(step, images, targets) of some steps."""
-    chosen = [
-        step_images(usable, step, batch_size=config.batch_size, flip=config.flip, seed=config.seed) for step in steps
-    ]
+    chosen = StepImages(usable, steps, batch_size=config.batch_size, flip=config.flip, seed=config.seed)
     prepared = in_workers(partial(scenes_of, source), chosen, workers=workplace.workers)
     for step, scenes in zip(steps, prepared, strict=True):
         yield step, *as_taken(scenes, workplace.device, with_ignored=with_ignored)
@@ -210,6 +213,7 @@ def _measure_batch_norm(
     batches: Iterator[tuple[int, list[Tensor], list[dict[str, Tensor]]]],
     config: DetectorTraining,
     workplace: Workplace,
+    key: str,
 ) -> None:
     """Running statistics of batch norm anew, as the plain mean over batches under the final weights."""
     norms = [part for part in detector.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training]
@@ -220,6 +224,8 @@ def _measure_batch_norm(
             norm.momentum = None
         with seeded(step_seed(config.seed, step, 0), workplace.device):
             detector(images, targets)
+        if workplace.progress is not None:
+            workplace.progress(f"measuring batch norm for {key}", done + 1, config.precise_batch_norm)
     for norm, momentum in zip(norms, before, strict=True):
         norm.momentum = momentum
 
@@ -262,13 +268,7 @@ def _save(
     }  # fmt: skip
     # Copies: the format has no shared memory.
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in detector.state_dict().items()}
-    beside = folder / f".{DETECTOR_FILE}.{os.getpid()}.part"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, beside, metadata={"mvmr_detector": json.dumps(card)})
-        beside.replace(folder / DETECTOR_FILE)
-    except OSError as error:
-        raise RunError(f"{folder / DETECTOR_FILE}: cannot be written ({error.strerror})") from None
-    finally:
-        with suppress(OSError):
-            beside.unlink()
+    write_bytes(
+        folder / DETECTOR_FILE, save(tensors, metadata={"mvmr_detector": json.dumps(card)}),
+        remedy="make room on the disk and give the same command again: the training is kept",
+    )  # fmt: skip

@@ -46,8 +46,8 @@ WIDEST = 16384
 class DiagnosticsConfig(Section):
     """Settings of `diagnostics`; the numbers of images and views are those of RankMe's and LiDAR's papers."""
 
-    split: Literal["train", "test"] = "train"
-    """Whose images are looked at; their labels are not."""
+    split: Literal["pretrain", "train", "test"] = "pretrain"
+    """Whose images are looked at; pretrain: all that there are to train on, which data sets without labels have too."""
     images: int = Field(default=25_600, ge=8)
     """Plain images of the spectra and deviations; all where there are fewer."""
     pair_images: int = Field(default=2000, ge=8)
@@ -83,17 +83,23 @@ class DiagnosticsConfig(Section):
         return name
 
 
+def splits(config: DiagnosticsConfig) -> tuple[str, str]:
+    """Whose images `diagnostics` is given: those of the one split that it looks at."""
+    return config.split, config.split
+
+
 def diagnostics(
     encoder: Encoder, train: ImageSource, test: ImageSource, config: DiagnosticsConfig, workplace: Workplace
 ) -> dict[str, float]:
     """{"rankme", "alpha", "alpha_r2", "effective_dim", "embedding_std", "std_mean", "std_least", "uniformity",
     "dependence/NAME" ..., "lidar", "alignment"} of an encoder's features; no label is read.
 
+    Looks at `test` where config.split is test, else at `train`, whatever it is; for pretrain give that split there.
     "alpha" and "alpha_r2" are left out where features have too few directions for the fit (see `alpha_req`). On the
     CPU a pure function of its arguments. Raises UserError for images too small for a representation or fewer than 8,
     RunError when features are not finite.
     """
-    source = train if config.split == "train" else test
+    source = test if config.split == "test" else train
     if len(source) < 8:
         raise UserError(f"diagnostics needs 8 images, and {source.name} has {len(source)}; take more")
     # Shuffled, so that the first so many are a sample too where files lie class by class.

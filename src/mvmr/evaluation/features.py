@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mvmr.evaluation.measured import Metrics
+from mvmr.ops.files import write_whole
 from mvmr.ops.modes import evaluating
 from mvmr.types import Features, RunError, UserError
 
@@ -17,19 +21,35 @@ if TYPE_CHECKING:
     from mvmr.nets.weights import Encoder
 
 
+@contextmanager
+def placed(module: nn.Module, device: torch.device | str) -> Iterator[None]:
+    """On `device` inside; afterwards where the module's first parameter or buffer was, whatever happens."""
+    first = next(chain(module.parameters(), module.buffers()), None)
+    home = torch.device(device) if first is None else first.device
+    try:
+        module.to(device)
+        yield
+    finally:
+        module.to(home)
+
+
 def extract(
     encoder: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Features [N, D] float32 on the CPU, in the order of the index, whatever the order of the batches.
 
     batches: (index [b] int64, images [b, 3, S, S] uint8). Runs in eval mode, without gradient or autocast; parameters,
-    buffers and every submodule's training flag are afterwards as before, but the encoder stays on `device`.
+    buffers, their device and every submodule's training flag are afterwards as before.
     Raises UserError when there is no image.
     """
     device = torch.device(device)
     indices, parts = [], []
-    encoder.to(device)
-    with evaluating(encoder), torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with (
+        placed(encoder, device),
+        evaluating(encoder),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+    ):
         for index, images in batches:
             indices.append(index.cpu())
             parts.append(encoder(images.to(device, non_blocking=True)).float().cpu())
@@ -163,7 +183,13 @@ def accuracies(scores: Tensor, y: Tensor) -> Metrics:
     """top1 in percent, and top5 where there are more than five classes, of scores [N, C] for labels y [N].
 
     Exact: of equal scores the lower class is ranked first, on every device. Outcomes are 100 for a right image, else 0.
+    Raises RunError for scores that are not finite: no class could be said to rank above another.
     """
+    if not bool(torch.isfinite(scores).all()):
+        raise RunError(
+            "scores of the test images are not finite: the encoder or its classifier has diverged; train with a lower "
+            "rate, or look at its weights"
+        )
     own = scores.gather(1, y[:, None])  # [N, 1]
     lower = torch.arange(scores.shape[1], device=scores.device) < y[:, None]  # [N, C]
     rank = ((scores > own).sum(1) + ((scores == own) & lower).sum(1)).cpu()  # [N]
@@ -171,3 +197,18 @@ def accuracies(scores: Tensor, y: Tensor) -> Metrics:
     right = {name: (rank < depth).double() for name, depth in depths.items()}  # [N] each
     values = {name: 100.0 * each.mean().item() for name, each in right.items()}
     return Metrics(values, outcomes={name: 100.0 * each for name, each in right.items()}, images=len(y))
+
+
+def write_features(path: Path, features: Features, files: Sequence[str] | None = None) -> None:
+    """features, and where there are such labels, classes and files, as .npz: written beside and moved into place.
+
+    Raises RunError where it cannot be written.
+    """
+    import numpy as np
+
+    arrays: dict[str, Any] = {"features": features.x.cpu().numpy()}
+    if features.y is not None:
+        arrays |= {"labels": features.y.cpu().numpy(), "classes": np.array(features.classes)}
+    if files is not None:
+        arrays["files"] = np.array([str(file) for file in files])
+    write_whole(path, lambda stream: np.savez(stream, **arrays), remedy="make room on the disk, or name another file")

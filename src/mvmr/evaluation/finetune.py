@@ -23,7 +23,6 @@ from mvmr.evaluation.image_training import (
     generators,
     identity,
     in_half,
-    own_randomness,
     set_generators,
     view_of,
 )
@@ -32,6 +31,7 @@ from mvmr.evaluation.resume import Resumable
 from mvmr.evaluation.workplace import Workplace
 from mvmr.nets.pretrained import OPEN_CLIP
 from mvmr.nets.weights import ENCODER_FILE, Encoder, save_encoder
+from mvmr.ops.modes import seeded
 from mvmr.types import RunError, UserError
 
 __all__ = ["FinetuneConfig", "finetune", "parameter_groups", "positions"]
@@ -46,7 +46,7 @@ def finetune(
     are. bf16 autocast on a GPU that has it, else float32; measured in float32. On the CPU a pure function of its
     arguments. Top5 is left out for five classes or fewer. `workplace.out` gets the tuned encoder.safetensors and
     head.safetensors, and until then what a killed training needs to go on: it ends with the same bits. Raises
-    UserError for labels or settings that do not fit, RunError when the loss is not finite.
+    UserError for labels or settings that do not fit, RunError when the loss or the scores are not finite.
     """
     labels, answers, classes = checked_labels(train, test, "finetune")
     if encoder.card.encoder.name.startswith(OPEN_CLIP):
@@ -55,17 +55,17 @@ def finetune(
     source = train if len(chosen) == len(labels) else subset(train, chosen)
     tuned = copy.deepcopy(encoder).to(workplace.device)
     training = Resumable(workplace.out, {} if workplace.out is None else identity("finetune", encoder, source, config))
-    with own_randomness(config.seed, workplace.device), torch.enable_grad():
+    with seeded(config.seed, workplace.device), torch.enable_grad():
         layer = new_head(encoder.card.dim, classes, config).to(workplace.device)
         _train(tuned, layer, source, config, workplace, training)
     tuned.to(memory_format=torch.contiguous_format)  # so that what is loaded later computes exactly the same
     head = Head(layer.weight.detach().cpu(), layer.bias.detach().cpu(), train.classes)
-    if workplace.out is not None:
-        _save(workplace, tuned, head, train.name)
     batches = plain_batches(test, batch_size=512, size=encoder.card.image_size, workers=workplace.workers)
     scores = head(extract(tuned, batches, device=workplace.device))  # [M, C]
-    training.finished()
-    return accuracies(scores, answers).also(n_train=float(len(source)))
+    metrics = accuracies(scores, answers).also(n_train=float(len(source)))
+    if workplace.out is not None:
+        _save(workplace, tuned, head, train.name)
+    return metrics
 
 
 def positions(train: ImageSource, config: FinetuneConfig) -> Tensor:
@@ -82,7 +82,7 @@ def positions(train: ImageSource, config: FinetuneConfig) -> Tensor:
 
 def new_head(width: int, classes: int, config: FinetuneConfig) -> nn.Linear:
     """The head before its first step, on the CPU: a function of the seed."""
-    with own_randomness(config.seed, torch.device("cpu")):
+    with seeded(config.seed, torch.device("cpu")):
         layer = nn.Linear(width, classes, device="cpu")  # drawn as "uniform"
         if config.head_init != "uniform":
             nn.init.zeros_(layer.bias)

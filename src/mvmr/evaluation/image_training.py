@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -107,14 +106,16 @@ def fitting_batch(images: int, batch_size: int, evaluation: str) -> int:
 
 def view_of(maker: ViewMaker, batch: Loaded, device: torch.device) -> Tensor:
     """The random view [B, 3, S, S] of a batch, normalised, on the device, channels last."""
-    images = batch.images
-    moved: Tensor | dict[str, Tensor]
-    if isinstance(images, Tensor):
-        moved = images.to(device, non_blocking=True)
-    else:
-        moved = {name: crop.to(device, non_blocking=True) for name, crop in images.items()}
+    moved = on_device(batch.images, device)
     stream = next(iter(maker.settings.crops.values())).stream
     return maker(moved, batch.index, batch.epoch)[stream][0].contiguous(memory_format=torch.channels_last)
+
+
+def on_device(images: Tensor | Mapping[str, Tensor], device: torch.device) -> Tensor | dict[str, Tensor]:
+    """What a view maker takes, images or the crops that views begin with, moved without waiting."""
+    if isinstance(images, Tensor):
+        return images.to(device, non_blocking=True)
+    return {name: crop.to(device, non_blocking=True) for name, crop in images.items()}
 
 
 def in_half(device: torch.device) -> bool:
@@ -131,15 +132,6 @@ def identity(evaluation: str, encoder: Encoder, source: ImageSource, config: Sec
         "data": [source.name, source.fingerprint, list(source.classes), hashed(source.labels.cpu().numpy().tobytes())],
         "encoder": [digest(encoder), encoder.card.model_dump(mode="json")],
     }
-
-
-@contextmanager
-def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """What layers draw (dropout, drop path) depends on the seed alone, and the caller's generators stay as they are."""
-    cuda = [device.index if device.index is not None else torch.cuda.current_device()] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(seed)
-        yield
 
 
 def generators(device: torch.device) -> dict[str, Tensor]:

@@ -10,11 +10,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from mvmr.data.scenes import open_scenes
 from mvmr.data.sources import DataConfig
 from mvmr.evaluation.box_metrics import DetectionMetrics
-from mvmr.evaluation.detection import check_pair
-from mvmr.evaluation.detector_training import DetectorTraining, detections, trained_detector
+from mvmr.evaluation.detection import open_pair
+from mvmr.evaluation.detector_training import DetectorTraining, Drops, Sizes, detections, trained_detector
 from mvmr.evaluation.measured import Metrics
 from mvmr.evaluation.workplace import Workplace
 from mvmr.nets.cards import Encoder
@@ -29,9 +28,9 @@ class InstanceConfig(DetectorTraining):
     """Steps."""
     warmup: int = Field(1000, ge=0)
     """Steps in which the rate rises from a thousandth of its peak."""
-    drops: tuple[float, ...] = (2 / 3, 8 / 9)
+    drops: Drops = (2 / 3, 8 / 9)
     """After these shares of the iterations the rate is divided by ten."""
-    train_sizes: tuple[int, ...] = Field(tuple(range(640, 801, 32)), min_length=1)
+    train_sizes: Sizes = Field(tuple(range(640, 801, 32)), min_length=1)
     """Shorter sides that training images are brought to, one of these at random for each."""
 
 
@@ -41,15 +40,15 @@ def instance(encoder: Encoder, data: DataConfig, config: InstanceConfig, workpla
     After the last step; statistics of the test images. And "loss_first", "loss_last" and "n_train" as in `detection`.
     The encoder stays as it is; `workplace.out` gets detector.safetensors. Raises UserError and RunError.
     """
-    told = workplace.progress
-    train = open_scenes(data, "train", masks=True, annotations=config.train_annotations, progress=told)
-    test = open_scenes(data, "test", masks=True, annotations=config.test_annotations, progress=told)
-    check_pair(train, test, key="instance")
-    if config.one_class:
-        train, test = train.as_one_class(), test.as_one_class()
+    train, test = open_pair(data, config, key="instance", masks=True, progress=workplace.progress)
     metrics = DetectionMetrics(len(train.classes), masks=True)
     trained = trained_detector(encoder, train, config, workplace, key="instance", masks=True)
     for scene, found in detections(trained.detector, test, config, workplace):
         metrics.update(scene, found)
-    trained.resumable.finished()
     return metrics.compute().also(**trained.summary(), n_train=float(len(train)))
+
+
+def fingerprints(data: DataConfig, config: InstanceConfig) -> dict[str, str]:
+    """Of the scenes that `instance` is of."""
+    train, test = open_pair(data, config, key="instance", masks=True)
+    return {"train": train.fingerprint, "test": test.fingerprint}

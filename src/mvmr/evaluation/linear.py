@@ -7,10 +7,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
+from mvmr.data.label_subsets import per_class
 from mvmr.evaluation.features import accuracies, labelled_pair
 from mvmr.evaluation.measured import Metrics
 from mvmr.evaluation.regularisation import chosen_l2, logistic_regression
-from mvmr.types import Features, Section, UserError
+from mvmr.types import Features, Section
 
 
 class LinearConfig(Section):
@@ -51,7 +52,7 @@ def linear(train: Features, test: Features, config: LinearConfig) -> Metrics:
     """
     (x, y), (x_test, y_test), classes = labelled_pair(train, test)
     generator = torch.Generator().manual_seed(config.seed)
-    x, y = _some_labels(x, y, train.classes, config.labels_per_class, generator)
+    x, y = _some_labels(x, y, train.classes, config)
     weight, bias = adam_layer(x, y, classes=classes, config=config, generator=generator)
     return accuracies(functional.linear(x_test, weight, bias), y_test).also(n_train=float(len(x)))
 
@@ -79,32 +80,17 @@ def linear_fast(train: Features, test: Features, config: LinearFastConfig) -> Me
     five classes or fewer. Raises UserError for missing or too few labels, RunError when features are not finite.
     """
     (x, y), (x_test, y_test), classes = labelled_pair(train, test)
-    generator = torch.Generator().manual_seed(config.seed)
-    x, y = _some_labels(x, y, train.classes, config.labels_per_class, generator)
+    x, y = _some_labels(x, y, train.classes, config)
     l2 = config.l2 or chosen_l2(x, y, classes=classes, seed=config.seed, max_iterations=config.max_iterations)
     weight, bias = logistic_regression(x, y, classes=classes, l2=l2, max_iterations=config.max_iterations)
     return accuracies(functional.linear(x_test, weight, bias), y_test).also(n_train=float(len(x)), l2=l2)
 
 
 def _some_labels(
-    x: Tensor, y: Tensor, names: tuple[str, ...], per_class: int | None, generator: torch.Generator
+    x: Tensor, y: Tensor, names: tuple[str, ...], config: LinearConfig | LinearFastConfig
 ) -> tuple[Tensor, Tensor]:
-    """`per_class` images of every class, drawn without replacement, in data-set order; all for None.
-
-    For one seed, fewer labels are a subset of more.
-    """
-    if per_class is None:
+    """The images that `config` trains on: n of every class, or all."""
+    if config.labels_per_class is None:
         return x, y
-    order = torch.randperm(len(y), generator=generator).to(y.device)
-    shuffled = y[order]
-    chosen = []
-    for label in range(len(names)) if names else y.unique().tolist():
-        of_class = order[shuffled == label]
-        if len(of_class) < per_class:
-            raise UserError(
-                f"labels_per_class={per_class}, but class {names[label] if names else label} has {len(of_class)} "
-                "training images; take fewer labels, or leave labels_per_class out to train on all"
-            )
-        chosen.append(of_class[:per_class])
-    kept = torch.cat(chosen).sort().values
+    kept = per_class(y, config.labels_per_class, seed=config.seed, classes=names).to(y.device)
     return x[kept], y[kept]

@@ -47,7 +47,7 @@ def linear_images(
     whole where they are smaller than that). On the CPU a pure function of its arguments; a killed training is taken up
     from `workplace.out`, and ends with the same bits. That folder also gets head.safetensors where the features are the
     encoder's output. Top5 is left out for five classes or fewer. Raises UserError for labels or settings that do not
-    fit, RunError when the loss is not finite.
+    fit, RunError when the loss or the scores of the test images are not finite.
     """
     _, answers, classes = checked_labels(train, test, "linear")
     net = frozen(encoder, config).to(workplace.device)
@@ -56,12 +56,12 @@ def linear_images(
     layer = new_layer(net.card.dim, classes, config).to(workplace.device)
     _train(net, layer, source, config, workplace, training)
     head = Head(layer.weight.detach().cpu(), layer.bias.detach().cpu(), train.classes)
-    if workplace.out is not None and net.card.dim == encoder.card.dim and not isinstance(net.backbone, LastBlocks):
-        save_head(workplace.out, head.weight, head.bias, head.classes)
     batches = plain_batches(test, batch_size=512, size=encoder.card.image_size, workers=workplace.workers)
     scores = head(extract(net, batches, device=workplace.device))  # [M, C]
-    training.finished()
-    return accuracies(scores, answers).also(n_train=float(len(source)))
+    metrics = accuracies(scores, answers).also(n_train=float(len(source)))
+    if workplace.out is not None and net.card.dim == encoder.card.dim and not isinstance(net.backbone, LastBlocks):
+        save_head(workplace.out, head.weight, head.bias, head.classes)
+    return metrics
 
 
 class LastBlocks(nn.Module):

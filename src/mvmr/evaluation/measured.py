@@ -15,7 +15,8 @@ RESAMPLES = 1000
 class Metrics(dict[str, float]):
     """{name: number}, and for some of them what other test images would have changed.
 
-    outcomes: {name: [M]}, whose mean is the number, one value a test image in the order of the split. statistics:
+    outcomes: {name: [M]}, whose mean is the number, one value a test image in the order of the split, but for images
+    that the evaluation leaves out by their labels. statistics:
     {name: function of positions [n] in 0 ... images - 1}, for numbers that are no mean; of all positions in order it
     gives the number.
     """

@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from mvmr.data.images import ImageSource, subset
-from mvmr.data.loading import plain_batches
 from mvmr.evaluation.features import features_of
 from mvmr.evaluation.knn import BLOCK, nearest
-from mvmr.evaluation.sheets import picture, write_sheet
+from mvmr.evaluation.sheets import images_of, picture, write_sheet
 from mvmr.evaluation.workplace import Workplace
 from mvmr.nets.cards import Encoder
 from mvmr.types import UserError
@@ -74,9 +73,5 @@ def neighbour_sheet(
     of_asked = x[positions] if queries is None else features_of(encoder, asked, device=place.device).x
     similarity, found = neighbours(x, of_asked, k, own=own)
     size = encoder.card.image_size
-    near = _images(subset(gallery, found.flatten()), size).unflatten(0, tuple(found.shape))
-    return write_neighbours(path, _images(asked, size), near, similarity)
-
-
-def _images(source: ImageSource, size: int) -> Tensor:
-    return torch.cat([images for _, images in plain_batches(source, batch_size=64, size=size)])
+    near = images_of(subset(gallery, found.flatten()), size).unflatten(0, tuple(found.shape))
+    return write_neighbours(path, images_of(asked, size), near, similarity)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -26,6 +26,10 @@ BETTER: dict[str, str | float] = {
 alpha-ReQ holds spectra that fall as 1 / rank for the best (Agrawal et al., NeurIPS 2022); MV-MR maximises
 dependence. alignment is best, and so is uniformity worst, for a collapsed encoder: neither ranks well alone.
 """
+
+
+PROBES = ("knn", "linear", "linear_fast", "logistic", "finetune", "head", "robustness", "zero_shot")
+"""Evaluations that give the accuracy to compare with, top1."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,17 @@ def checkpoints_of(run: str | Path) -> list[Path]:
     return found
 
 
+def _records(file: Path) -> Iterator[dict[str, float]]:
+    """The lines of metrics.jsonl, without the last where a kill cut it. Raises UserError for another that is none."""
+    lines = file.read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise UserError(f"{file}: line {number} is not JSON ({error}); restore it, or take it out") from None
+
+
 def epochs_of(
     run: str | Path, *, probe: str | None = "knn/top1"
 ) -> tuple[dict[str, dict[str, float]], dict[str, float] | None]:
@@ -140,8 +155,7 @@ def epochs_of(
     if not file.is_file():
         raise UserError(f"{file}: there is none; give the folder of a run that mvmr trained")
     watched: dict[str, dict[str, float]] = {}
-    for line in file.read_text().splitlines():
-        record = json.loads(line)
+    for record in _records(file):
         if any(_kind(name) in BETTER for name in record) or probe in record:
             watched.setdefault(f"epoch-{int(record['epoch']) + 1:04d}", {}).update(record)
     kept = {

@@ -117,9 +117,10 @@ def regressions(
     present, labels = y.unique(return_inverse=True)
     with torch.autocast(device, enabled=False), full_float32(device):
         shift, scale = standardisation(x)
-        x = (x - shift) * scale
-        variance, basis = _axes(x)
-        rotated = torch.cat([x @ basis, x.new_ones(len(x), 1)], 1)  # [N, r + 1]
+        standard = (x - shift) * scale
+        variance, basis = _axes(standard)
+        rotated = torch.cat([standard @ basis, x.new_ones(len(x), 1)], 1)  # [N, r + 1]
+        del standard  # as large as x
         point = x.new_zeros(len(present), len(variance) + 1)
         for strength in strengths:
             l2 = strength / len(x)

@@ -1,18 +1,23 @@
-"""A training inside an evaluation that a killed process takes up where it stopped."""
+"""A training inside an evaluation that a killed process takes up where it stopped.
+
+Evaluations leave their last state where it is: a Session removes it once the result is written. Who calls an
+evaluation from Python with a `workplace.out` finds training.pt in it afterwards; a second call of the same settings
+takes it up and has little left to do but test. Remove it with `forget`, or with the folder.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mvmr.errors import RunError
+from mvmr.ops.files import write_whole
 
 FILE = "training.pt"
 """What is kept of an unfinished training, in its folder."""
@@ -53,25 +58,21 @@ class Resumable:
         """
         if self.path is None or time.monotonic() - self._kept < self.every_seconds:
             return False
-        beside = self.path.with_name(f".{FILE}.{os.getpid()}.part")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with beside.open("wb") as file:
-                torch.save({"settings": self.settings, "state": state()}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(self.path)
-        except (OSError, RuntimeError) as error:  # torch's writer raises the latter for a full disk
-            raise RunError(
-                f"{self.path}: cannot be written ({error}). The state before it is intact: make room on the disk and "
-                "give the same command again"
-            ) from None
-        finally:
-            beside.unlink(missing_ok=True)
+        content = {"settings": self.settings, "state": state()}
+        write_whole(
+            self.path, lambda file: torch.save(content, file),
+            remedy="the state before it is intact: make room on the disk and give the same command again",
+        )  # fmt: skip
         self._kept = time.monotonic()
         return True
 
     def finished(self) -> None:
-        """The training has ended: nothing is left to take up."""
+        """Nothing of this training is worth taking up."""
         if self.path is not None:
-            self.path.unlink(missing_ok=True)
+            forget(self.path.parent)
+
+
+def forget(folder: Path) -> None:
+    """Remove what a training kept in its folder, if it did."""
+    with suppress(OSError):  # what cannot be removed costs room and nothing else
+        (folder / FILE).unlink()

@@ -28,6 +28,11 @@ class RetrievalConfig(Section):
     """Depths of the ranking at which mAP and recall are given."""
 
 
+def splits(config: RetrievalConfig) -> tuple[str, str]:
+    """Which splits `retrieval` looks at, as its train and test: with gallery=test, no training image is wanted."""
+    return config.gallery, "test"
+
+
 def retrieval(train: Features, test: Features, config: RetrievalConfig) -> Metrics:
     """{"map", "map@K" ..., "recall@K" ...} in percent: means over the test images of what `outcomes` gives.
 

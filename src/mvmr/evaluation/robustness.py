@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,7 +15,7 @@ from mvmr.data.images import ImageSource
 from mvmr.data.loading import plain_batches
 from mvmr.errors import nearest
 from mvmr.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from mvmr.evaluation.features import extract, features_of, labelled, labelled_pair
+from mvmr.evaluation.features import extract, features_of, labelled, labelled_pair, placed
 from mvmr.evaluation.measured import Metrics
 from mvmr.evaluation.regularisation import chosen_l2, logistic_regression
 from mvmr.evaluation.workplace import Workplace
@@ -90,7 +91,8 @@ def outcomes(
     for source, split in ((train, "train"), (test, "test")):  # before any work is done
         labelled(Features(torch.zeros(len(source), 1), source.labels, source.classes), split)
     size, device = encoder.card.image_size, workplace.device
-    fitted = features_of(encoder, train, workers=workplace.workers, device=device)
+    told = None if workplace.progress is None else partial(workplace.progress, f"features of {train.name}")
+    fitted = features_of(encoder, train, workers=workplace.workers, device=device, progress=told)
     nothing = Features(torch.zeros(len(test), fitted.x.shape[1]), test.labels, test.classes)
     (x, y), (_, answers), classes = labelled_pair(fitted, nothing)
     l2 = config.l2 or chosen_l2(x, y, classes=classes, max_iterations=config.max_iterations)
@@ -100,16 +102,17 @@ def outcomes(
     cases = {CLEAN: ("gaussian_noise", 0)}
     cases |= {f"{name}/{severity}": (name, severity) for name in config.corruptions for severity in config.severities}
     right = {case: torch.zeros(len(test), dtype=torch.bool) for case in cases}
-    for index, images in plain_batches(test, batch_size=BATCH, size=size, workers=workplace.workers):
-        moved = images.to(device)
-        for case, (name, severity) in cases.items():
-            changed = corrupt(moved, index, name, severity, seed=config.seed, levels=config.levels)
-            features = extract(encoder, [(index, changed)], device=device)
-            if not bool(torch.isfinite(features).all()):
-                raise RunError(f"features of {test.name}, {case}, are not finite: the encoder has diverged")
-            right[case][index] = functional.linear(features, weight, bias).argmax(1) == answers[index]
-        if workplace.progress is not None:
-            workplace.progress(f"corrupted images of {test.name}", int(index[-1]) + 1, len(test))
+    with placed(encoder, device):  # once, not for every case
+        for index, images in plain_batches(test, batch_size=BATCH, size=size, workers=workplace.workers):
+            moved = images.to(device)
+            for case, (name, severity) in cases.items():
+                changed = corrupt(moved, index, name, severity, seed=config.seed, levels=config.levels)
+                features = extract(encoder, [(index, changed)], device=device)
+                if not bool(torch.isfinite(features).all()):
+                    raise RunError(f"features of {test.name}, {case}, are not finite: the encoder has diverged")
+                right[case][index] = functional.linear(features, weight, bias).argmax(1) == answers[index]
+            if workplace.progress is not None:
+                workplace.progress(f"corrupted images of {test.name}", int(index[-1]) + 1, len(test))
     return right
 
 

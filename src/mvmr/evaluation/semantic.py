@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 
 import torch
 from pydantic import Field, field_validator, model_validator
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD
@@ -23,6 +22,7 @@ from mvmr.evaluation.resume import Resumable
 from mvmr.evaluation.workplace import Workplace
 from mvmr.nets.cards import Encoder
 from mvmr.nets.segmenters import Dilation, Segmenter, build_segmenter
+from mvmr.ops.files import write_bytes
 from mvmr.ops.modes import evaluating
 from mvmr.representations.teacher import digest
 from mvmr.types import RunError, Section, UserError
@@ -107,6 +107,25 @@ def semantic(encoder: Encoder, data: DataConfig, config: SemanticConfig, workpla
     `workplace.out` gets segmenter.safetensors, and what a killed training needs to go on. Raises UserError for data,
     encoders or settings that do not fit, RunError when the loss is not finite.
     """
+    train, test = _open_pair(data, config)
+    segmenter, losses = train_segmenter(encoder, train, config, workplace)
+    if workplace.out is not None:
+        _save(segmenter, workplace.out / SEGMENTER_FILE)
+    matrices = confusions_of(segmenter, test, config, workplace)
+    tenth = max(1, len(losses) // 10)
+    first, last = losses[:tenth].mean().item(), losses[-tenth:].mean().item()
+    return segmentation_metrics(matrices, test.classes).also(
+        loss_first=first, loss_last=last, n_train=float(len(train))
+    )
+
+
+def fingerprints(data: DataConfig, config: SemanticConfig) -> dict[str, str]:
+    """Of the label maps that `semantic` is of."""
+    train, test = _open_pair(data, config)
+    return {"train": train.fingerprint, "test": test.fingerprint}
+
+
+def _open_pair(data: DataConfig, config: SemanticConfig) -> tuple[SegmentationSource, SegmentationSource]:
     train = open_segmentation(data, "train", annotations=config.train_annotations)
     test = open_segmentation(data, "test", annotations=config.test_annotations)
     if train.classes != test.classes:
@@ -115,16 +134,7 @@ def semantic(encoder: Encoder, data: DataConfig, config: SemanticConfig, workpla
             f"the train and test splits have different classes ({', '.join(other[:5]) or 'in another order'}); give "
             "two splits of one data set as semantic.train_annotations and semantic.test_annotations"
         )
-    segmenter, losses = train_segmenter(encoder, train, config, workplace)
-    matrices = confusions_of(segmenter, test, config, workplace)
-    if workplace.out is not None:
-        _save(segmenter, workplace.out / SEGMENTER_FILE)
-        _resumable(encoder, train, config, workplace).finished()
-    tenth = max(1, len(losses) // 10)
-    first, last = losses[:tenth].mean().item(), losses[-tenth:].mean().item()
-    return segmentation_metrics(matrices, test.classes).also(
-        loss_first=first, loss_last=last, n_train=float(len(train))
-    )
+    return train, test
 
 
 def train_segmenter(
@@ -171,6 +181,8 @@ def train_segmenter(
                     "losses": losses[:done].clone(),
                 }  # fmt: skip
 
+            if done == config.iterations:
+                resumable.every_seconds = 0  # kept whole until the result is there
             resumable.keep(state)
             if workplace.progress is not None:
                 workplace.progress("training on label maps", done, config.iterations)
@@ -260,11 +272,7 @@ def _check(losses: Tensor) -> None:
 
 
 def _save(segmenter: Segmenter, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in segmenter.state_dict().items()}
-    beside = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        save_file(tensors, beside)
-        beside.replace(file)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_bytes(
+        file, save(tensors), remedy="make room on the disk and give the same command again: the training is kept"
+    )

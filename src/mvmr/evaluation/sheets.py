@@ -11,10 +11,19 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional
 
+from mvmr.data.images import ImageSource
+from mvmr.data.loading import plain_batches
+from mvmr.errors import UserError
 from mvmr.evaluation.attention import GAP, HEAT
+from mvmr.ops.files import write_whole
 
 CAPTION = 14
 """Height in pixels of a line of text below a picture."""
+
+
+def images_of(source: ImageSource, size: int) -> Tensor:
+    """All images [N, 3, S, S] uint8 of a source that a sheet has room for."""
+    return torch.cat([images for _, images in plain_batches(source, batch_size=64, size=size)])
 
 
 def picture(image: Tensor, side: int) -> Image.Image:
@@ -42,7 +51,8 @@ def write_sheet(
 ) -> Path:
     """Write rows of pictures of one size as a PNG, with a line of text below each where there are captions.
 
-    The folder is made if it is missing. Raises ValueError for no picture.
+    The folder is made if it is missing. Raises ValueError for no picture, UserError where the path is a folder, and
+    RunError where it cannot be written.
     """
     if not rows or not rows[0]:
         raise ValueError("a sheet needs a picture")
@@ -57,6 +67,10 @@ def write_sheet(
             if captions:
                 write.text((column * across, row * down + height + 1), captions[row][column], fill=(0, 0, 0), font=font)
     file = Path(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(file, format="PNG", optimize=True)
+    if file.is_dir():
+        raise UserError(f"{file}: is a folder; name the PNG to write")
+    write_whole(
+        file, lambda stream: sheet.save(stream, format="PNG", optimize=True),
+        remedy="make room on the disk, or name a file in another folder",
+    )  # fmt: skip
     return file

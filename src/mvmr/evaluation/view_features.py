@@ -15,6 +15,7 @@ from mvmr.data.views import ViewMaker, Views
 from mvmr.data.workers import in_workers
 from mvmr.errors import RunError
 from mvmr.evaluation.features import extract
+from mvmr.evaluation.image_training import on_device
 from mvmr.evaluation.workplace import Workplace
 from mvmr.nets.cards import Encoder
 
@@ -52,7 +53,7 @@ def view_features(
         for rows, images in zip(
             parts, in_workers(read, parts, workers=0 if resident else workplace.workers), strict=True
         ):
-            moved = _moved(images, workplace.device)
+            moved = on_device(images, workplace.device)
             views = [made for name, made in maker(moved, positions[rows], 0).items() if name != "plain"]
             made = torch.cat(views)  # [q, b, 3, S, S]
             index = rows + len(positions) * torch.arange(count)[:, None]  # [q, b]
@@ -62,12 +63,6 @@ def view_features(
 
     features = extract(encoder, batches(), device=workplace.device)  # [q n, D]
     return features.unflatten(0, (count, len(positions))).transpose(0, 1)
-
-
-def _moved(images: Any, device: torch.device) -> Any:
-    if isinstance(images, Tensor):
-        return images.to(device, non_blocking=True)
-    return {name: crop.to(device, non_blocking=True) for name, crop in images.items()}
 
 
 def _read(source: ImageSource, maker: ViewMaker, positions: Tensor, rows: Tensor) -> Any:

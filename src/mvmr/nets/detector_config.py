@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mvmr.types import Section
 
@@ -37,3 +38,10 @@ class DetectorConfig(Section):
     """Detections of lower score are dropped."""
     detections_per_image: int = Field(100, ge=1)
     """At most so many detections."""
+
+    @model_validator(mode="after")
+    def _without_effect(self) -> DetectorConfig:
+        idle = self.model_fields_set & {"levels", "pyramid_width", "hidden"} if self.head == "c4" else None
+        if idle:
+            warnings.warn(f"{', '.join(sorted(idle))}: without effect with head=c4", stacklevel=2)
+        return self

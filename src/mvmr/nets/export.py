@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 from collections.abc import Callable
@@ -14,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mvmr.errors import RunError, nearest
+from mvmr.errors import nearest
 from mvmr.nets.cards import Encoder, EncoderCard
 from mvmr.nets.encoders import RESNETS
+from mvmr.ops.files import write_whole
 from mvmr.types import UserError
 
 DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50}
@@ -64,18 +64,10 @@ def export(encoder: Encoder, to: str, out: str | Path) -> Exported:
     if file.is_dir():
         raise UserError(f"--out {out}: is a folder; give the name of a file")
     kind.check(encoder.card)
-    beside = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as stream:
-            tensors = kind.write(encoder, stream, ending)
-            stream.flush()
-            os.fsync(stream.fileno())
-        beside.replace(file)
-    except (OSError, RuntimeError) as error:  # torch's writer raises the latter for a full disk
-        raise RunError(f"--out {out}: cannot be written ({error}); make room, or give another folder") from None
-    finally:
-        beside.unlink(missing_ok=True)
+    tensors = write_whole(
+        file, lambda stream: kind.write(encoder, stream, ending), name=f"--out {out}",
+        remedy="make room, or give another folder",
+    )  # fmt: skip
     return Exported(file, to, tensors, kind.notes(encoder.card, file))
 
 

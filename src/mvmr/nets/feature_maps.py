@@ -15,8 +15,9 @@ PROBE = 128
 """Side of the image by which strides are measured; a multiple of every stride."""
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 SUPPORTED = (
-    "resnet18, resnet34 and resnet50 with any stem, torchvision's ResNets, and models of timm with four "
-    "stages or more, such as ResNets, ConvNeXts and EfficientNets (not vision transformers, whose maps have one size)"
+    "resnet18, resnet34 and resnet50 with any stem, torchvision's ResNets, and models of timm with four stages or "
+    "more, such as ResNets, ConvNeXts and EfficientNets (not vision transformers, whose maps have one size, nor those "
+    "that take images of one size only, such as Swin, MaxViT and CoAtNet)"
 )
 
 
@@ -60,8 +61,14 @@ class FeatureMaps(nn.Module):
     @torch.no_grad()
     def _measure(self) -> None:
         weight = next(self.parameters())
-        with evaluating(self):
-            maps = list(self(weight.new_zeros(1, 3, PROBE, PROBE)).values())
+        try:
+            with evaluating(self):
+                maps = list(self(weight.new_zeros(1, 3, PROBE, PROBE)).values())
+        except (AssertionError, RuntimeError, ValueError) as error:  # whatever a net that has one size raises
+            raise UserError(
+                f"this backbone does not take images of {PROBE} x {PROBE} pixels ({error}), and tasks with maps have "
+                f"images of any size; feature maps are taken of {SUPPORTED}"
+            ) from None
         sides = [each.shape[-1] for each in maps]
         if any(each.ndim != 4 or PROBE % each.shape[-1] for each in maps) or len(set(sides)) < len(sides):
             raise UserError(f"the maps of this backbone have the sides {sides}; feature maps are taken of {SUPPORTED}")
