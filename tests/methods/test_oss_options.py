@@ -322,8 +322,8 @@ def test_settings_without_effect_are_remarked() -> None:
         return OSSConfig.model_validate(settings).remarks({"global": 2, "local": 6}, [])
 
     assert remarks() == remarks(scheme="swav") == remarks(alpha=-0.5, dropout=[0.2, 0.1], code_momentum=0.9) == []
-    assert remarks(scheme="kd", alpha=-0.5, dropout=[0.2, 0.1]) == [
-        "no effect with method.scheme=kd: method.dropout, method.alpha"
+    assert remarks(scheme="kd", alpha=-0.5, alpha_ramp=True, dropout=[0.2, 0.1]) == [
+        "no effect with method.scheme=kd: method.dropout, method.alpha_ramp"
     ]
     (said,) = remarks(scheme="swav_drop", classifier_input="raw", code_momentum=0.9, dropout=[0.2, 0.1])
     assert said.endswith(": method.code_momentum, method.classifier_input")

@@ -134,13 +134,14 @@ class OSSConfig(MethodConfig):
         scheme = SCHEMES[self.scheme]
         online = {"code_momentum", "student_prototype_gradient"}
         unused = {"offline_prototypes"} if scheme.teacher == "online" else online
-        # What a network is like that a scheme does without is no mistake: a recipe says it for all schemes.
+        # What a network is like, or how strong a term is, that a scheme does without is no mistake: a recipe says it for
+        # all schemes.
         if scheme.teacher == "none":
             unused |= {"offline_prototypes"}
         if not scheme.dropout:
             unused |= {"dropout", "dropout_after", "dropout_tracks_statistics"}
         if not scheme.adversarial:
-            unused |= {"alpha", "alpha_ramp", "adversarial_teacher", "classifier_batch_norm", "classifier_input"}
+            unused |= {"alpha_ramp", "adversarial_teacher", "classifier_batch_norm", "classifier_input"}
         changed = [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
         idle = ", ".join(f"method.{name}" for name in changed if name in unused)
         remarks = [f"no effect with method.scheme={self.scheme}: {idle}"] if idle else []
