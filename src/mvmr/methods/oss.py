@@ -134,8 +134,8 @@ class OSSConfig(MethodConfig):
         scheme = SCHEMES[self.scheme]
         online = {"code_momentum", "student_prototype_gradient"}
         unused = {"offline_prototypes"} if scheme.teacher == "online" else online
-        # What a network is like, or how strong a term is, that a scheme does without is no mistake: a recipe says it for
-        # all schemes.
+        # What a network is like, or how strong a term is, that a scheme does without is no mistake: a recipe says it
+        # for all schemes.
         if scheme.teacher == "none":
             unused |= {"offline_prototypes"}
         if not scheme.dropout:
