@@ -16,14 +16,9 @@ from mvmr.data.datasets import DATASETS
 from mvmr.data.sources import DataConfig, open_source
 from mvmr.errors import UserError
 from mvmr.evaluation.comparison import compare
-from mvmr.nets.encoders import EncoderConfig
 from mvmr.nets.released import ReleasedInput
-from mvmr.nets.weights import Encoder, EncoderCard, load_encoder, random_encoder, save_encoder
-
-CARD = EncoderCard(
-    encoder=EncoderConfig(name="resnet18", stem="mvmr", width=0.0625), dim=32, image_size=16, mean=(0.3, 0.3, 0.3),
-    std=(0.4, 0.4, 0.4), method="none", data="digits", version="0",
-)  # fmt: skip
+from mvmr.nets.weights import Encoder, load_encoder, random_encoder, save_encoder
+from states import CARD
 
 
 @pytest.fixture(autouse=True)

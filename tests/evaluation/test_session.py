@@ -21,14 +21,9 @@ from mvmr.evaluation.comparison import compare
 from mvmr.evaluation.features import features_of
 from mvmr.evaluation.intervals import mean_interval, paired_interval
 from mvmr.evaluation.results import read_result
-from mvmr.nets.encoders import EncoderConfig
-from mvmr.nets.weights import Encoder, EncoderCard, random_encoder, save_encoder
+from mvmr.nets.weights import Encoder, random_encoder, save_encoder
 from mvmr.representations.cache_store import REMEDY
-
-CARD = EncoderCard(
-    encoder=EncoderConfig(name="resnet18", stem="mvmr", width=0.0625), dim=32, image_size=16, mean=(0.3, 0.3, 0.3),
-    std=(0.4, 0.4, 0.4), method="none", data="digits", version="0",
-)  # fmt: skip
+from states import CARD
 
 
 @pytest.fixture(autouse=True)
