@@ -189,6 +189,22 @@ def test_metrics_file_drops_later_and_broken_lines(tmp_path: Path) -> None:
     assert lines_of(tmp_path) == [{"step": 1, "x": 0.333333}, {"step": 2, "x": 0.333333}]
 
 
+def test_a_full_disk_keeps_the_metrics_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = MetricsFile(tmp_path, tensorboard=False)
+    for step in (1, 2):
+        file.write({"step": step, "x": 1.0})
+    before = file.path.read_text()
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("mvmr.ops.files.os.fsync", refuse)
+    with pytest.raises(RunError, match=r"metrics\.jsonl: cannot be written \(No space left on device\).*--resume"):
+        file.keep_until(1)
+    assert file.path.read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
 def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

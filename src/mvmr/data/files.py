@@ -19,6 +19,7 @@ from mvmr.data.decode import EXTENSIONS, UnreadableImage
 from mvmr.data.images import FileSource, ImageSource, PathList, Progress, Unreadable, digest, files_fingerprint
 from mvmr.data.workers import in_workers
 from mvmr.errors import UserError
+from mvmr.ops.files import write_whole
 
 try:
     import fcntl
@@ -196,11 +197,11 @@ def examine(
         if check is not None:
             return check
         check = _examine(source, workers=workers, progress=progress)
-        beside = kept.with_suffix(".part")
-        with open(beside, "wb") as file:
-            bad = np.frombuffer(json.dumps(list(check.bad.items())).encode(), dtype=np.uint8)
-            np.savez_compressed(file, sizes=check.sizes, bad=bad)
-        os.replace(beside, kept)
+        bad = np.frombuffer(json.dumps(list(check.bad.items())).encode(), dtype=np.uint8)
+        write_whole(
+            kept, lambda file: np.savez_compressed(file, sizes=check.sizes, bad=bad),
+            remedy="make room on the disk, or set MVMR_CACHE to a folder on another one",
+        )  # fmt: skip
         return check
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from mvmr.engine.module import Adapter
 from mvmr.errors import RunError, UserError
+from mvmr.ops.files import write_bytes
 
 
 class MetricsFile:
@@ -33,9 +33,8 @@ class MetricsFile:
         if not self.path.exists():
             return
         kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
-        beside = self.path.with_suffix(".part")
-        beside.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(beside, self.path)
+        lines = "".join(f"{line}\n" for line in kept)
+        write_bytes(self.path, lines.encode(), remedy="make room on the disk, then continue with --resume")
 
     def write(self, record: Mapping[str, float]) -> None:
         try:

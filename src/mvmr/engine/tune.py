@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import warnings
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from mvmr.engine.progress import counting
 from mvmr.engine.train import Parts, build
 from mvmr.engine.trials import Trial, loss_by_rate, try_batch_size
 from mvmr.errors import RunError, UserError
+from mvmr.ops.files import write_bytes
 
 SMALLEST = 2
 """Batch norm and distances need two images."""
@@ -85,14 +85,8 @@ def save(tuned: Tuned, path: Path) -> Path:
     curves = path.with_suffix(".json")
     header = "\n".join(f"# {line}" for line in [*_explanation(tuned.record), f"curves: {curves.name}"])
     recipe = f"{header}\n{yaml.safe_dump(tuned.run.resolved(), sort_keys=False)}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for file, text in ((curves, json.dumps(tuned.record, indent=2) + "\n"), (path, recipe)):
-            beside = file.with_name(f".{file.name}.part")
-            beside.write_text(text)
-            os.replace(beside, file)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written ({error.strerror}); give another file with --out") from None
+    for file, text in ((curves, json.dumps(tuned.record, indent=2) + "\n"), (path, recipe)):
+        write_bytes(file, text.encode(), remedy="give another file with --out")
     return curves
 
 

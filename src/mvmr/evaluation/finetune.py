@@ -10,19 +10,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from mvmr.data.images import ArraySource, ImageSource, subset
+from mvmr.data.images import ImageSource, subset
 from mvmr.data.label_subsets import listed, per_class, stratified
-from mvmr.data.loading import Loader, plain_batches
+from mvmr.data.loading import plain_batches
 from mvmr.data.views import ViewMaker
 from mvmr.evaluation.features import accuracies, extract
 from mvmr.evaluation.finetune_config import FinetuneConfig
 from mvmr.evaluation.head import Head, save_head
 from mvmr.evaluation.image_training import (
     checked_labels,
-    fitting_batch,
     generators,
     identity,
     in_half,
+    loader_of,
     set_generators,
     view_of,
 )
@@ -127,10 +127,7 @@ def _train(
     """Train both in place, for all epochs or from where a killed training stopped."""
     card, backbone, device = tuned.card, tuned.backbone, workplace.device
     maker = ViewMaker(config.view_settings(card.image_size), mean=card.mean, std=card.std, seed=config.seed)
-    loader = Loader(
-        source, batch_size=fitting_batch(len(source), config.batch_size, "finetune"), seed=config.seed,
-        workers=workplace.workers, start=None if isinstance(source, ArraySource) else maker.start,
-    )  # fmt: skip
+    loader = loader_of(source, maker, config.batch_size, workplace, "finetune")
     assert source.labels is not None
     labels = source.labels.to(device)
     _set_modes(backbone, config, batch=loader.batch_size)

@@ -10,10 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mvmr.data.images import ImageSource
+from mvmr.data.images import ArraySource, ImageSource
 from mvmr.data.images import digest as hashed
-from mvmr.data.loading import Loaded
+from mvmr.data.loading import Loaded, Loader
 from mvmr.data.views import ViewMaker
+from mvmr.evaluation.workplace import Workplace
 from mvmr.nets.cards import Encoder
 from mvmr.ops.schedules import warmup_cosine, warmup_steps_down
 from mvmr.representations.teacher import digest
@@ -102,6 +103,14 @@ def fitting_batch(images: int, batch_size: int, evaluation: str) -> int:
             stacklevel=2,
         )
     return min(batch_size, images)
+
+
+def loader_of(source: ImageSource, maker: ViewMaker, batch_size: int, workplace: Workplace, evaluation: str) -> Loader:
+    """The images of a training in the order that the maker's seed draws; files arrive as crops made by the workers."""
+    return Loader(
+        source, batch_size=fitting_batch(len(source), batch_size, evaluation), seed=maker.seed,
+        workers=workplace.workers, start=None if isinstance(source, ArraySource) else maker.start,
+    )  # fmt: skip
 
 
 def view_of(maker: ViewMaker, batch: Loaded, device: torch.device) -> Tensor:

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD
 
-from mvmr.data.images import ArraySource, ImageSource, subset
+from mvmr.data.images import ImageSource, subset
 from mvmr.data.label_subsets import per_class
-from mvmr.data.loading import Loader, plain_batches
+from mvmr.data.loading import plain_batches
 from mvmr.data.views import ViewMaker
 from mvmr.evaluation.features import accuracies, extract
 from mvmr.evaluation.head import Head, save_head
-from mvmr.evaluation.image_training import checked_labels, fitting_batch, identity, in_half, view_of
+from mvmr.evaluation.image_training import checked_labels, identity, in_half, loader_of, view_of
 from mvmr.evaluation.linear import linear
 from mvmr.evaluation.linear_presets import CACHED, LinearPresetConfig
 from mvmr.evaluation.measured import Metrics
@@ -150,10 +150,7 @@ def _train(
     """Train the layer in place, for all epochs or from where a killed training stopped."""
     card, device = net.card, workplace.device
     maker = ViewMaker(config.view_settings(card.image_size), mean=card.mean, std=card.std, seed=config.seed)
-    loader = Loader(
-        source, batch_size=fitting_batch(len(source), config.batch_size, "linear"), seed=config.seed,
-        workers=workplace.workers, start=None if isinstance(source, ArraySource) else maker.start,
-    )  # fmt: skip
+    loader = loader_of(source, maker, config.batch_size, workplace, "linear")
     assert source.labels is not None
     labels = source.labels.to(device)
     optimizer = SGD(
