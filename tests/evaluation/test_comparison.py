@@ -59,8 +59,9 @@ def test_what_is_no_mean_over_images_is_compared_too() -> None:
 
     (found,) = compare([of(0), of(1)])
     expected = statistic_interval(
-        lambda chosen: float(values[1][chosen].median()) - float(values[0][chosen].median()), 200, resamples=1000
-    )
+        lambda chosen: float(values[1][chosen].median()) - float(values[0][chosen].median()), 200, kind="centred",
+        resamples=1000,
+    )  # fmt: skip
     assert (found.metric, found.encoder, found.against) == ("median", "1", "0")
     assert (found.difference, found.low, found.high) == (expected.value, expected.low, expected.high)
     assert found.is_certain == (expected.low > 0)

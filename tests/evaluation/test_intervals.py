@@ -102,6 +102,20 @@ def test_a_mean_given_as_a_statistic_is_the_mean(kind: str) -> None:
     assert (one.value, one.low, one.high) == pytest.approx((other.value, other.low, other.high), abs=1e-12)
 
 
+def test_a_centred_interval_has_the_same_width_about_the_value() -> None:
+    """The largest of 30 numbers: no resample has a larger one, so that all percentiles lie below it."""
+    x = skewed(30)
+    percentile, centred = (
+        statistic_interval(lambda index: x[index].max(), 30, kind=kind, resamples=400)
+        for kind in ("percentile", "centred")
+    )
+    drawn = torch.cat([x[part].max(1).values for part in resampled(30, 400, 0)])
+    assert percentile.high <= percentile.value
+    assert centred.high - centred.low == pytest.approx(percentile.high - percentile.low)
+    assert centred.low - percentile.low == pytest.approx(percentile.value - drawn.mean().item())
+    assert centred.low < centred.value < centred.high
+
+
 def test_few_outcomes_are_drawn_from_their_exact_distribution() -> None:
     """Of right and wrong, a resampled mean is binomial; its interval is between two of the distribution's quantiles."""
     correct = torch.arange(200) < 150

@@ -17,6 +17,7 @@ from mvmr.evaluation.knn import KNNConfig, knn
 from mvmr.evaluation.linear import LinearConfig, LinearFastConfig, linear, linear_fast
 from mvmr.evaluation.multilabel import L2_GRID, MultilabelConfig, adam_classes, multilabel, one_vs_rest
 from mvmr.evaluation.regularisation import standardisation
+from mvmr.evaluation.svm import COSTS
 from mvmr.ops.random import permutation
 from mvmr.types import Features, RunError, UserError
 
@@ -119,7 +120,8 @@ def test_the_test_split_chooses_nothing() -> None:
 
 def test_defaults_are_the_papers_protocol() -> None:
     assert MultilabelConfig().model_dump() == {
-        "solver": "fast", "l2": None, "max_iterations": 1000, "lr": 1e-4, "batch_size": 256, "epochs": 100, "seed": 0,
+        "solver": "fast", "l2": None, "costs": COSTS, "folds": 3, "positive_weight": 2.0, "unknown": None,
+        "max_iterations": 2000, "lr": 1e-4, "batch_size": 256, "epochs": 100, "seed": 0,
     }  # fmt: skip
 
 
@@ -166,7 +168,7 @@ def test_labels_left_out_count_nowhere() -> None:
     train, test = some_features()
     assert test.y is not None
     metrics = multilabel(train, test, MultilabelConfig(l2=10.0))
-    assert set(metrics) == {"map11", "map", "n_train", "l2", *(f"ap11/{name}" for name in NAMES)}
+    assert set(metrics) == {"map11", "map", "auc", "n_train", "l2", *(f"ap11/{name}" for name in NAMES)}
     assert metrics["n_train"] == 300.0
     scores = scikit_scores(train.x.numpy(), train.y.numpy(), test.x.numpy(), 10.0)
     for name, of_class, y in zip(NAMES, scores.T.tolist(), test.y.T.tolist(), strict=True):

@@ -77,7 +77,7 @@ def test_both_means_on_a_tree_of_the_official_layout(tmp_path: Path, monkeypatch
     assert {name for name in metrics if "/" in name} == {f"ap11/{name}" for name in ("bicycle", "bird", "boat", "dog")}
     with pytest.warns(UserWarning, match="left out of the mean.*aeroplane, bottle"):
         (result,) = evaluate(encoder, data="voc07", root=tmp_path, on=["multilabel"], settings={"multilabel.l2": 10.0})
-    ends = {f"{name}_{end}" for name in ("map11", "map") for end in ("low", "high")}
+    ends = {f"{name}_{end}" for name in ("map11", "map", "auc") for end in ("low", "high")}
     assert set(result.metrics) == {*metrics, *ends}
     assert {name: result.metrics[name] for name in metrics} == pytest.approx(metrics, abs=1e-6)
     for name in ("map11", "map"):

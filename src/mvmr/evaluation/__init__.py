@@ -98,7 +98,7 @@ EVALUATIONS: dict[str, Evaluation] = {
     "multilabel": Evaluation(
         multilabel.MultilabelConfig,
         multilabel.multilabel,
-        "a logistic regression for each of several classes an image, by mean average precision",
+        "a logistic regression or SVM for each of several classes an image, by mean average precision",
     ),
     "finetune": Evaluation(
         finetune.FinetuneConfig,

@@ -96,4 +96,6 @@ def _difference(first: Result, second: Result, metric: str) -> Interval | None:
     if metric not in first.statistics or metric not in second.statistics or first.images != second.images:
         return None
     one, other = first.statistics[metric], second.statistics[metric]
-    return statistic_interval(lambda chosen: one(chosen) - other(chosen), first.images, resamples=RESAMPLES)
+    return statistic_interval(
+        lambda chosen: one(chosen) - other(chosen), first.images, kind="centred", resamples=RESAMPLES
+    )

@@ -69,7 +69,7 @@ def segmentation_metrics(matrices: Tensor, classes: tuple[str, ...]) -> Metrics:
 
     values = {"miou": mean_iou(total), "pixel_accuracy": pixel_accuracy(total)}
     if len(matrices) > 1:
-        values |= statistic_interval(miou, len(matrices), resamples=RESAMPLES).named("miou")
+        values |= statistic_interval(miou, len(matrices), kind="centred", resamples=RESAMPLES).named("miou")
     ious = zip(classes, whole.tolist(), strict=True)
     values |= {f"iou/{name}": value for name, value in ious if value == value}
     return Metrics(values, statistics={"miou": miou, "pixel_accuracy": accuracy}, images=len(matrices))

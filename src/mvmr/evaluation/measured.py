@@ -42,6 +42,8 @@ class Metrics(dict[str, float]):
 def with_intervals(metrics: Mapping[str, float]) -> dict[str, float]:
     """The numbers, and NAME_low and NAME_high beside each that has outcomes or is a statistic: 95 %, by bootstrap.
 
+    Those of statistics, which are percentages, are centred (see `intervals.Kind`), and end at 0 and 100.
+
     Intervals that the evaluation made itself stay. Parts of a number (top1/fog) have none, nor has one test image.
     """
     found = dict(metrics)
@@ -53,6 +55,6 @@ def with_intervals(metrics: Mapping[str, float]) -> dict[str, float]:
             found |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
     for name, statistic in metrics.statistics.items():
         if f"{name}_low" not in found and metrics.images > 1:
-            interval = statistic_interval(statistic, metrics.images, resamples=RESAMPLES)
-            found |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
+            interval = statistic_interval(statistic, metrics.images, kind="centred", resamples=RESAMPLES)
+            found |= {f"{name}_low": max(0.0, interval.low), f"{name}_high": min(100.0, interval.high)}
     return found
