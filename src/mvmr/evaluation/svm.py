@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -42,22 +43,25 @@ def svm_classes(
     LIBLINEAR solves it, and holds the bias small too. x: [N, D]; y: [N, C], 1, 0 or -1 (left out); every class needs a
     1 and a 0. A class's cost is the one with the best average precision (scikit-learn's) in `folds`-fold stratified
     cross-validation, the smaller of equal ones; with fewer images on one side, in as many folds. Warns where there is
-    one image on a side, and where `max_iterations` end a search.
+    one image on a side, and where `max_iterations` end a search. Classes are solved in as many threads as torch has.
     """
-    solved, unfinished, unchosen = [], [], []
-    for name, labels in zip(names, y.T, strict=True):
-        known = (labels >= 0).cpu()
-        own, target = x.cpu()[known].double().numpy(), labels.cpu()[known].numpy()
+    from sklearn.exceptions import ConvergenceWarning
+
+    def of_class(labels: Tensor) -> tuple[np.ndarray, float, float, bool, bool]:
+        known = labels >= 0
+        own, target = x[known].double().numpy(), labels[known].numpy()
         parts = min(folds, int(target.sum()), int((1 - target).sum()))
-        if len(costs) > 1 and parts < 2:
-            unchosen.append(name)
         cost = _chosen(own, target, sorted(costs), parts, positive_weight, max_iterations)
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            machine = _machine(cost, positive_weight, max_iterations).fit(own, target)
-        if said:
-            unfinished.append(name)
-        solved.append((machine.coef_[0], machine.intercept_[0], cost))
+        machine = _machine(cost, positive_weight, max_iterations).fit(own, target)
+        finished = int(np.max(machine.n_iter_)) < max_iterations
+        return machine.coef_[0], machine.intercept_[0], cost, finished, len(costs) == 1 or parts > 1
+
+    device, x = x.device, x.cpu()
+    with warnings.catch_warnings(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        warnings.simplefilter("ignore", ConvergenceWarning)  # it does not name the class
+        solved = list(pool.map(of_class, y.cpu().T))
+    unfinished = [name for name, of in zip(names, solved, strict=True) if not of[3]]
+    unchosen = [name for name, of in zip(names, solved, strict=True) if not of[4]]
     if unchosen:
         warnings.warn(
             f"multilabel: one image with or without it, so its cost is {UNCHOSEN:g}, not chosen: {', '.join(unchosen)}",
@@ -69,7 +73,7 @@ def svm_classes(
             "give smaller multilabel.costs",
             stacklevel=2,
         )
-    weight, bias, chosen = (torch.from_numpy(np.array(part)).to(x.device) for part in zip(*solved, strict=True))
+    weight, bias, chosen = (torch.from_numpy(np.array([of[k] for of in solved])).to(device) for k in range(3))
     return weight, bias, chosen
 
 
@@ -80,18 +84,13 @@ def _chosen(
         return costs[0]
     if parts < 2:
         return UNCHOSEN
-    from sklearn.exceptions import ConvergenceWarning
     from sklearn.model_selection import cross_val_score
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # of a candidate; the chosen one's is told
-        means = [
-            cross_val_score(
-                _machine(cost, positive_weight, max_iterations), x, y, cv=parts, scoring="average_precision"
-            ).mean()
-            for cost in costs
-        ]
-    return costs[int(np.argmax(means))]
+    means = [
+        cross_val_score(_machine(cost, positive_weight, max_iterations), x, y, cv=parts, scoring="average_precision")
+        for cost in costs
+    ]
+    return costs[int(np.argmax(np.mean(means, axis=1)))]
 
 
 def _machine(cost: float, positive_weight: float, max_iterations: int):  # type: ignore[no-untyped-def]
