@@ -8,6 +8,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from scipy.special import expit
+from sklearn.metrics import log_loss
 from torch.nn import functional
 
 from evaluation.plain_precision import by_definition
@@ -155,6 +157,7 @@ def test_adam_learns_and_depends_on_its_seed_alone() -> None:
         torch.manual_seed(1)
         assert multilabel(train, test, config) == metrics
     assert "l2" not in metrics
+    assert metrics["loss_last"] < 0.9 * metrics["loss_first"] == pytest.approx(0.9 * math.log(2))
     chance = 100 * float(np.mean([(test.y[:, i] == 1).sum() / (test.y[:, i] >= 0).sum() for i in range(4)]))
     assert metrics["map"] > 1.5 * chance
     with torch.no_grad():
@@ -168,8 +171,16 @@ def test_labels_left_out_count_nowhere() -> None:
     train, test = some_features()
     assert test.y is not None
     metrics = multilabel(train, test, MultilabelConfig(l2=10.0))
-    assert set(metrics) == {"map11", "map", "auc", "n_train", "l2", *(f"ap11/{name}" for name in NAMES)}
+    named = ("map11", "map", "auc", "n_train", "l2", "loss_first", "loss_last", *(f"ap11/{name}" for name in NAMES))
+    assert set(metrics) == set(named)
     assert metrics["n_train"] == 300.0
+    known = train.y.numpy() >= 0
+    trained = scikit_scores(train.x.numpy(), train.y.numpy(), train.x.numpy(), 10.0)
+    assert metrics["loss_last"] == pytest.approx(log_loss(train.y.numpy()[known], expit(trained)[known]), abs=1e-5)
+    rates = np.nanmean(np.where(known, train.y.numpy(), np.nan), axis=0)
+    assert metrics["loss_first"] == pytest.approx(
+        log_loss(train.y.numpy()[known], np.broadcast_to(rates, known.shape)[known]), abs=1e-6
+    )
     scores = scikit_scores(train.x.numpy(), train.y.numpy(), test.x.numpy(), 10.0)
     for name, of_class, y in zip(NAMES, scores.T.tolist(), test.y.T.tolist(), strict=True):
         assert metrics[f"ap11/{name}"] == pytest.approx(100 * by_definition(of_class, y, "voc07"), abs=1e-9)

@@ -65,10 +65,12 @@ class MultilabelConfig(Section):
 def multilabel(train: Features, test: Features, config: MultilabelConfig) -> Metrics:
     """{"map11", "map", "auc", "ap11/CLASS" ..., "n_train"}: linear classes on features, in percent.
 
-    And "l2" with solver fast, "cost/CLASS" ... with svm. "map11" is the mean over classes of VOC2007's 11-point average
-    precision, "map" of VOC2010's area, "auc" of the area under the ROC; the labels [N, C] are 1, 0, or -1, which does
-    not count (nor train, see `unknown`). A class that no image of train or of test shows, or every one of train, is
-    left out of the means, with a warning that names it; "auc" also leaves out what every image of test shows.
+    And with solver fast "l2", with svm "cost/CLASS" ..., with fast and adam "loss_first" and "loss_last", the mean
+    cross-entropy of the training labels before and after training. "map11" is the mean over classes of VOC2007's
+    11-point average precision, "map" of VOC2010's area, "auc" of the area under the ROC; the labels [N, C] are 1, 0, or
+    -1, which does not count (nor train, see `unknown`). A class that no image of train or of test shows, or every one
+    of train, is left out of the means, with a warning that names it; "auc" also leaves out what every image of test
+    shows.
     Raises UserError when labels are missing or are one class an image, RunError when features are not finite.
     """
     (x, y), (x_test, y_test), names = multi_labelled_pair(train, test)
@@ -86,6 +88,7 @@ def multilabel(train: Features, test: Features, config: MultilabelConfig) -> Met
     if config.solver == "adam":
         weight, bias = adam_classes(x, y, config)
         scores = functional.linear(x_test, weight, bias)  # [M, C]
+        metrics |= {"loss_first": math.log(2.0), "loss_last": _cross_entropy(functional.linear(x, weight, bias), y)}
     elif config.solver == "svm":
         weight, bias, costs = svm_classes(
             unit_length(x), y, kept, costs=config.costs, folds=config.folds, positive_weight=config.positive_weight,
@@ -95,7 +98,10 @@ def multilabel(train: Features, test: Features, config: MultilabelConfig) -> Met
         scores = functional.linear(unit_length(x_test), weight, bias)
     else:
         metrics["l2"] = config.l2 or _chosen_l2(x, y, config)
-        scores = _scores_at(x, y, x_test, (metrics["l2"],), config)[0]
+        of_all = _scores_at(x, y, torch.cat([x, x_test]), (metrics["l2"],), config)[0]
+        seen, scores = of_all[: len(x)], of_all[len(x) :]
+        rates = (y == 1).sum(0) / (y >= 0).sum(0)  # where the search starts
+        metrics |= {"loss_first": _cross_entropy(rates.logit().expand_as(y), y), "loss_last": _cross_entropy(seen, y)}
     ap11, ap = (100.0 * average_precision(scores, y_test, definition=kind) for kind in ("voc07", "all"))  # [C] each
     by_class = {f"ap11/{name}": value for name, value in zip(kept, ap11.tolist(), strict=True)}
     values = {"map11": ap11.mean().item(), "map": ap.mean().item(), "n_train": float(len(x)), **metrics, **by_class}
@@ -107,6 +113,13 @@ def multilabel(train: Features, test: Features, config: MultilabelConfig) -> Met
     if not math.isnan(auc):
         values["auc"], statistics["auc"] = auc, partial(_mean_area, scores.cpu(), y_test.cpu())
     return Metrics(values, statistics=statistics, images=len(y_test))
+
+
+def _cross_entropy(scores: Tensor, y: Tensor) -> float:
+    """Mean over the labels [N, C] that are not left out."""
+    known, target = (y >= 0).to(scores.dtype), (y == 1).to(scores.dtype)
+    total = functional.binary_cross_entropy_with_logits(scores, target, weight=known, reduction="sum")
+    return float(total / known.sum())
 
 
 def _mean_precision(scores: Tensor, y: Tensor, definition: Definition, chosen: Tensor) -> float:

@@ -20,6 +20,9 @@ from mvmr.evaluation.workplace import Workplace
 from mvmr.nets.cards import Encoder
 
 VIEWS_AT_A_TIME = 512
+"""That go through the encoder together."""
+PIXELS_AT_A_TIME = 2**22
+"""Of views that are made together, 48 MB: each kind of change is one call for all images, so more of them cost less."""
 
 
 def several_views(recipe: str, *, size: int, count: int, flip: bool = True) -> Views:
@@ -45,7 +48,8 @@ def view_features(
     # Views in [0, 1], because the encoder normalises.
     maker = ViewMaker(settings, mean=(0.0,) * 3, std=(1.0,) * 3, seed=seed)
     positions = positions.cpu()
-    parts: list[Any] = list(torch.arange(len(positions)).split(max(1, VIEWS_AT_A_TIME // count)))
+    together = max(1, PIXELS_AT_A_TIME // (count * settings.size**2))
+    parts: list[Any] = list(torch.arange(len(positions)).split(together))
     resident = isinstance(source, ArraySource) and not source.is_mapped
     read = partial(_read, source, maker, positions)
 
@@ -57,7 +61,8 @@ def view_features(
             views = [made for name, made in maker(moved, positions[rows], 0).items() if name != "plain"]
             made = torch.cat(views)  # [q, b, 3, S, S]
             index = rows + len(positions) * torch.arange(count)[:, None]  # [q, b]
-            yield index.flatten(), made.flatten(0, 1)
+            numbered = index.flatten().split(VIEWS_AT_A_TIME)
+            yield from zip(numbered, made.flatten(0, 1).split(VIEWS_AT_A_TIME), strict=True)
             if workplace.progress is not None:
                 workplace.progress(f"views of {source.name}", int(rows[-1]) + 1, len(positions))
 
