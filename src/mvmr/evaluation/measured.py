@@ -42,9 +42,8 @@ class Metrics(dict[str, float]):
 def with_intervals(metrics: Mapping[str, float]) -> dict[str, float]:
     """The numbers, and NAME_low and NAME_high beside each that has outcomes or is a statistic: 95 %, by bootstrap.
 
-    Those of statistics, which are percentages, are centred (see `intervals.Kind`), and end at 0 and 100.
-
-    Intervals that the evaluation made itself stay. Parts of a number (top1/fog) have none, nor has one test image.
+    Those of statistics, which are percentages, are centred (see `intervals.Kind`), and end at 0 and 100. Intervals that
+    the evaluation made itself stay. Parts of a number (top1/fog) have none, nor has one test image.
     """
     found = dict(metrics)
     if not isinstance(metrics, Metrics):
