@@ -30,7 +30,8 @@ def main() -> None:
         progress=lambda what, done, total: print(f"\r{what}: {done} of {total}   ", end="", flush=True),
     )  # fmt: skip
     print("\r" + " " * 60)
-    differences = compare(results, against=arguments.against)
+    of_name = {name: encoder for encoder, name in named.items()}
+    differences = compare(results, against=of_name.get(arguments.against, arguments.against))
     print(table(results, differences, named))
     if arguments.json:
         listed = [{**result.as_json(), "encoder": named.get(result.encoder, result.encoder)} for result in results]
