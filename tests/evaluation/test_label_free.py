@@ -108,24 +108,6 @@ def test_pixels_depend_on_pixels() -> None:
     assert diagnostics(flat(), photographs(50), photographs(9), config, CPU)["dependence/pixels"] == pytest.approx(1.0)
 
 
-def test_rows_are_kept_for_the_same_images_size_and_normalisation_alone(
-    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = []
-    computed = module._fixed_rows
-    monkeypatch.setattr(module, "_fixed_rows", lambda *given: made.append(given[0]) or computed(*given))
-    source, other = photographs(20), photographs(21)
-    first = fixed_rows("hog", encoder, source, CPU)
-    assert fixed_rows("hog", encoder, source, CPU) is first
-    fixed_rows("pixels", encoder, source, CPU)
-    assert made == ["hog", "pixels"]
-    brighter = Encoder(encoder.backbone, encoder.card.model_copy(update={"mean": (0.1, 0.1, 0.1)}))
-    assert not torch.equal(fixed_rows("hog", brighter, source, CPU), first)
-    assert len(fixed_rows("hog", brighter, other, CPU)) == 21
-    assert made == ["hog", "pixels", "hog", "hog"]
-    torch.testing.assert_close(fixed_rows("hog", encoder, source, CPU), first)
-
-
 def test_wide_representations_are_projected(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     source = photographs(200)
     exact = fixed_rows("local_std", encoder, source, CPU)

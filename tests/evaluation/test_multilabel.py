@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from evaluation.plain_precision import by_definition
 from evaluation.scikit_scores import scikit_scores
+from evaluation.several_labels import NAMES, some_features
 from mvmr.evaluation.average_precision import average_precision
 from mvmr.evaluation.knn import KNNConfig, knn
 from mvmr.evaluation.linear import LinearConfig, LinearFastConfig, linear, linear_fast
@@ -22,24 +23,6 @@ from mvmr.evaluation.regularisation import standardisation
 from mvmr.evaluation.svm import COSTS
 from mvmr.ops.random import permutation
 from mvmr.types import Features, RunError, UserError
-
-NAMES = ("ant", "bee", "cat", "dog")
-
-
-def some_features(seed: int = 0, *, count: int = 300, noise: float = 1.0) -> tuple[Features, Features]:
-    """Two splits of correlated features with four classes of different frequency, and a tenth of the labels unknown."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(6, 24, generator=torch.Generator().manual_seed(9))
-    parts = []
-    for _ in range(2):
-        latent = torch.randn(count, 6, generator=generator)
-        x = (latent @ mixing + 0.5 * torch.randn(count, 24, generator=generator)).relu()
-        margin = latent[:, :4] + noise * torch.randn(count, 4, generator=generator)
-        y = (margin > torch.tensor([0.0, 0.7, 1.5, 2.2])).to(torch.int8)
-        y[torch.rand(count, 4, generator=generator) < 0.1] = -1
-        parts.append(Features(x, y, NAMES))
-    return parts[0], parts[1]
-
 
 # --- the optimum ----------------------------------------------------------------------------------------------------
 

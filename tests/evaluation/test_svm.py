@@ -14,28 +14,12 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.svm import LinearSVC
 from torch import Tensor
 
+from evaluation.several_labels import NAMES, some_features
 from mvmr.evaluation.measured import with_intervals
 from mvmr.evaluation.multilabel import MultilabelConfig, multilabel
 from mvmr.evaluation.roc import roc_auc
 from mvmr.evaluation.svm import COSTS, svm_classes, unit_length
 from mvmr.types import Features, RunError, UserError
-
-NAMES = ("ant", "bee", "cat")
-
-
-def some_features(seed: int = 0, *, count: int = 200, unknown: float = 0.1) -> tuple[Features, Features]:
-    """Two splits of positive features with three classes of different frequency, some labels unknown."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(5, 20, generator=torch.Generator().manual_seed(9))
-    parts = []
-    for _ in range(2):
-        latent = torch.randn(count, 5, generator=generator)
-        x = (latent @ mixing + torch.randn(count, 20, generator=generator)).relu()
-        y = (latent[:, :3] + torch.randn(count, 3, generator=generator) > torch.tensor([0.0, 1.0, 1.8])).to(torch.int8)
-        y[torch.rand(count, 3, generator=generator) < unknown] = -1
-        parts.append(Features(x, y, NAMES))
-    return parts[0], parts[1]
-
 
 # --- the machines ---------------------------------------------------------------------------------------------------
 
@@ -56,8 +40,8 @@ def test_the_objective_has_no_slope_where_it_ends(cost: float) -> None:
     assert train.y is not None
     x = unit_length(train.x)
     weight, bias, chosen = svm_classes(x, train.y, NAMES, costs=(cost,), positive_weight=3.0)
-    assert chosen.tolist() == [cost] * 3
-    for number in range(3):
+    assert chosen.tolist() == [cost] * len(NAMES)
+    for number in range(len(NAMES)):
         found = torch.cat([weight[number], bias[number : number + 1]])
         slopes = []
         for point in (found, torch.zeros_like(found)):
@@ -84,7 +68,7 @@ def test_each_classes_cost_is_a_grid_searchs() -> None:
     assert train.y is not None
     x, costs = unit_length(train.x), (1e-4, 1e-2, 0.3, 3.0, 30.0)
     weight, bias, chosen = svm_classes(x, train.y, NAMES, costs=costs[::-1], folds=4)
-    for number in range(3):
+    for number in range(len(NAMES)):
         known = (train.y[:, number] >= 0).numpy()
         search = GridSearchCV(
             LinearSVC(class_weight={1: 2}, dual=False), {"C": costs}, scoring="average_precision", cv=StratifiedKFold(4)
@@ -117,7 +101,9 @@ def test_one_image_with_a_class_chooses_no_cost_and_two_choose_by_two() -> None:
 def test_a_search_cut_short_says_so() -> None:
     train, _ = some_features()
     assert train.y is not None
-    with pytest.warns(UserWarning, match=r"short of its optimum for ant, bee, cat; raise multilabel\.max_iterations"):
+    with pytest.warns(
+        UserWarning, match=r"short of its optimum for ant, bee, cat, dog; raise multilabel\.max_iterations"
+    ):
         svm_classes(unit_length(train.x), train.y, NAMES, costs=(100.0,), max_iterations=1)
 
 

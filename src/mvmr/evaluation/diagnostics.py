@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -30,7 +30,7 @@ from mvmr.evaluation.spectra import (
 from mvmr.evaluation.view_features import several_views, view_features
 from mvmr.evaluation.workplace import Workplace
 from mvmr.losses.distance_correlation import distance_correlation
-from mvmr.nets.cards import Encoder, EncoderCard
+from mvmr.nets.cards import Encoder
 from mvmr.ops.projection import Projection
 from mvmr.ops.random import permutation
 from mvmr.representations import HOG, LocalStd, Pixels, Scattering
@@ -140,26 +140,9 @@ def spread(x: Tensor) -> dict[str, float]:
 def fixed_rows(name: str, encoder: Encoder, source: ImageSource, workplace: Workplace) -> Tensor:
     """A fixed representation [n, F] float32 of every image, normalised as the encoder's; F is at most WIDEST.
 
-    Those of the images that were asked for last are kept in memory: they are the same for every encoder of that size
-    and normalisation. Raises UserError where the images are too small for it.
+    Raises UserError where the images are too small for it.
     """
-    card = encoder.card
-    images = (source.fingerprint, card.image_size, card.mean, card.std, WIDEST)
-    if _KEPT.get("images") != images:
-        _KEPT.clear()
-        _KEPT["images"] = images
-    if name not in _KEPT:
-        _KEPT[name] = _fixed_rows(name, card, source, workplace)
-    rows: Tensor = _KEPT[name]
-    return rows
-
-
-_KEPT: dict[str, Any] = {}
-"""{"images": which, NAME: rows of its representation}."""
-
-
-def _fixed_rows(name: str, card: EncoderCard, source: ImageSource, workplace: Workplace) -> Tensor:
-    representation = FIXED[name]()
+    card, representation = encoder.card, FIXED[name]()
     projection: Projection | None = None
     rows = []
     try:
